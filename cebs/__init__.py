@@ -1,0 +1,1 @@
+"""What the stages share: prompts, catalogue, branches, negatives, losses, metrics."""

@@ -1,0 +1,102 @@
+"""Records, the one prompt, and the one way titles are read out of text.
+
+Training and decoding both come through here, so a model is never asked with another prompt than it was taught with.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+QUOTED = re.compile(r'"([^"]*)"')
+OLDEST_TITLE = re.compile(r'"[^"]*"(?:\s*,\s*)?')
+NO_PREDICTION = "NAN"  # what SPRec and BIGRec ground when the model wrote nothing
+
+
+@dataclass(frozen=True)
+class Record:
+    """One training, validation or test example (section 1 of the data format)."""
+
+    instruction: str
+    input: str
+    output: str
+
+    @property
+    def history(self) -> list[str]:
+        """The titles of the history, oldest first."""
+        return quoted_titles(self.input)
+
+    @property
+    def target(self) -> str:
+        """The title to be predicted, without its quotes."""
+        return self.output.strip()[1:-1]
+
+    @property
+    def prompt(self) -> str:
+        return build_prompt(self.instruction, self.input)
+
+
+def build_prompt(instruction: str, input: str) -> str:
+    """Returns the prompt of every stage; the Input block is left out where the input is blank."""
+    input_block = f"### Input:\n{input}\n" if input.strip() else ""
+    return f"### Instruction:\n{instruction}\n{input_block}### Response:\n"
+
+
+def quote(title: str) -> str:
+    """Returns the title as it stands in an output or a preference record."""
+    return f'"{title}"'
+
+
+def quoted_titles(text: str) -> list[str]:
+    """Returns what stands in double quotes, in order: the history of an input or a prompt."""
+    return QUOTED.findall(text)
+
+
+def predicted_title(text: str) -> str:
+    """Returns the title in a model's answer (BIGRec's rule).
+
+    The text between the first double quote and the next one; with no quote, the first line; with nothing, `NAN`.
+
+    ```python
+    >>> predicted_title('"Emma"\\n'), predicted_title("Emma\\nand more"), predicted_title("  ")
+    ('Emma', 'Emma', 'NAN')
+    ```
+    """
+    if '"' in text:
+        title = text.split('"')[1]
+    else:
+        title = next(iter(text.strip().splitlines()), "")
+    return title.strip() or NO_PREDICTION
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[list[int], int]:
+    """Tokenises a prompt; one that is too long loses its oldest titles, never its instruction or response marker.
+
+    Returns:
+        `tuple[list[int], int]`: the token ids, at most `max_tokens` of them, and how many titles were left out.
+
+    Raises:
+        `ValueError`: if the prompt does not fit even without any title.
+    """
+    dropped = 0
+    ids = tokenizer(prompt).input_ids
+    while len(ids) > max_tokens:
+        shorter = OLDEST_TITLE.sub("", prompt, count=1)
+        if shorter == prompt:
+            raise ValueError(f"the prompt has {len(ids)} tokens without any title, more than the {max_tokens} allowed")
+        prompt, dropped = shorter, dropped + 1
+        ids = tokenizer(prompt).input_ids
+    return ids, dropped
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
+    """Tokenises an answer: stripped, then a newline, then the end-of-sequence token."""
+    ids = tokenizer(completion.strip() + "\n", add_special_tokens=False).input_ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+def line_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids of all tokens that end an answer: the end-of-sequence token and every token with a newline."""
+    texts: Iterable[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
+    return sorted({tokenizer.eos_token_id, *(token_id for token_id, text in enumerate(texts) if "\n" in text)})
