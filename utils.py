@@ -37,6 +37,7 @@ PROJECT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_DATA_DIR = "sampled_data/ml-100k"
 REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "sentence-transformers")
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLACES = ("output_dir", "overwrite", "logging_dir", "run_name")  # arguments that do not change what a run computes
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each training run
@@ -73,7 +74,7 @@ class ScriptParser(TrlParser):
         )
         self.defaults_file = PROJECT / defaults if defaults else None
         if self.defaults_file:
-            self.set_defaults(**self._read_config(self.defaults_file))
+            self.set_defaults_with_config(**self._read_config(self.defaults_file))
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
         """Parses the command line; `--config FILE` replaces defaults, flags on the command line win."""
@@ -84,12 +85,11 @@ class ScriptParser(TrlParser):
                 raise InputError("--config: expected the path of a YAML file")
             config = self._read_config(Path(args[at + 1]))
             args = [*self._as_flags(config), *args[:at], *args[at + 2 :]]
-        known, unknown = self.parse_known_args(args)
+        _, unknown = self.parse_known_args(args)
         if unknown:
             raise InputError(f"unknown flag {unknown[0]}{self._suggestion(unknown[0].lstrip('-'))}")
-        del known
         try:
-            return self.parse_args_into_dataclasses(args)
+            return self.parse_args_into_dataclasses(args, look_for_args_file=False)
         except (ValueError, TypeError) as error:
             raise InputError(" ".join(str(error).split())) from error
 
@@ -277,6 +277,8 @@ def run_folder(
     arguments: dict[str, Any],
     inputs: Iterable[str | Path],
     outputs: Iterable[str],
+    base_model: str | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
 ) -> Iterator[Run]:
     """Opens the run folder of a script and keeps its `run.json` true.
@@ -289,6 +291,8 @@ def run_folder(
         script: the script's `__file__`.
         arguments: the arguments by name, recorded and (but for folders) compared.
         inputs: the files that the run reads; their SHA-256 sums are recorded and compared.
+        base_model: fingerprint of the base model, recorded and compared.
+        adapter: folder of the adapter that the run starts from, recorded and compared.
         outputs: glob patterns, relative to the folder, of what the script writes there.
         overwrite: remove an earlier run's outputs instead of refusing.
 
@@ -296,7 +300,15 @@ def run_folder(
         `InputError`: if the folder holds results of another run, or another process is writing in it.
     """
     folder, script = Path(output_dir), Path(script).name
-    described = {"script": script, "arguments": _json_ready(arguments), "inputs": _sums(inputs)}
+    if not is_main_process():  # the first process keeps the books for all
+        yield Run(folder)
+        return
+    described = {
+        "script": script,
+        "arguments": _json_ready(arguments),
+        "inputs": _sums([*inputs, *([Path(adapter) / ADAPTER_WEIGHTS] if adapter else [])])
+        | ({"base_model": base_model} if base_model else {}),
+    }
     earlier = _earlier_runs(folder)
     previous = earlier.get(script)
     old_outputs = [path for pattern in outputs for path in glob.glob(str(folder / pattern))]
@@ -431,6 +443,11 @@ def git_commit() -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def is_main_process() -> bool:
+    """Says whether this is the first process of a distributed run, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def record_seed(seed: int, split: str, index: int) -> int:
     """Returns the seed of one record's random choices; it does not depend on batches or on other records."""
     words = [seed, index, *split.encode()]
@@ -462,14 +479,18 @@ class ModelArguments:
 
     Args:
         model_name_or_path (`str`): folder or hub name of the base model.
-        adapter (`str`, *optional*): folder of the adapter; an empty string is the base model alone.
+        adapter (`str`, *optional*): folder of the adapter; see `chained_adapter` for what it is when left out.
         dtype (`str`, *optional*, defaults to `"auto"`): bfloat16 where the hardware has it, else float32.
         device (`str`, *optional*, defaults to `"auto"`): the GPU where there is one, else the CPU.
     """
 
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "Folder or hub name of the base model."})
-    adapter: str = field(
-        default="", metadata={"help": "Folder of the adapter to decode with; '' is the base model alone."}
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the adapter. Left out: the base model alone, or, where all other inputs are left at "
+            "their defaults too, the adapter of the stage before."
+        },
     )
     dtype: str = field(
         default="auto",
@@ -479,6 +500,17 @@ class ModelArguments:
         },
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N; auto is the GPU if any."})
+
+
+def chained_adapter(adapter: str | None, default: str, on_the_chain: bool) -> str:
+    """Returns the adapter that a script starts from or decodes with; an empty string is the base model alone.
+
+    Left out, it is the base model alone, unless the script's other inputs are left out as well: then it is what the
+    stage before writes by default, so that the scripts chain when they are typed without flags.
+    """
+    chosen = (default if on_the_chain else "") if adapter is None else adapter
+    print(f"adapter: {chosen or 'none, the base model alone'}")
+    return chosen
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
@@ -575,7 +607,7 @@ def check_adapter(adapter: str | Path, model_dir: str | Path) -> None:
         `InputError`: naming what is missing, or the base model that the adapter was made for.
     """
     folder = Path(adapter)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}; give the final_model folder of a finished training run")
     require_done(folder)

@@ -66,7 +66,7 @@ MINILM = Package(
 )
 
 
-def find_model(name_or_path: str) -> Path:
+def find_model(name_or_path: str, revision: str = "main") -> Path:
     """Returns the folder of a base model and says where it came from.
 
     A folder is taken as it is. A name is looked for in `models/`, then on the hub (or in its cache), then, for
@@ -81,7 +81,7 @@ def find_model(name_or_path: str) -> Path:
     if local.is_dir():
         print(f"model: {local} (kept from an earlier download; see SOURCE.json there)")
         return local
-    from_hub = _from_hub(name_or_path, ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+    from_hub = _from_hub(name_or_path, ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"], revision)
     if from_hub:
         print(f"model: {name_or_path} from the Hugging Face hub, {from_hub}")
         return from_hub
@@ -153,12 +153,12 @@ def unpack(package: Package, folder: Path) -> None:
         files.rename(folder)
 
 
-def _from_hub(name: str, patterns: list[str]) -> Path | None:
+def _from_hub(name: str, patterns: list[str], revision: str = "main") -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
         return None
 

@@ -1,0 +1,139 @@
+"""
+Stage 3: alignment. A model learns to prefer the target title to the rejected ones (DPO, S-DPO).
+
+A record with one rejected title is DPO, a list of them is S-DPO; both kinds may stand in one file. The reference is a
+frozen copy of the adapter that training starts from; where there is none, it is the base model.
+
+# The default, configs/dpo.yaml: two negatives a record, on the SFT adapter
+```bash
+python DPO_from_dpoData.py
+```
+
+# Hard negatives alone, long-tail negatives alone
+```bash
+python DPO_from_dpoData.py --config configs/dpo_hard.yaml
+python DPO_from_dpoData.py --config configs/dpo_long_tail.yaml
+```
+
+# Any other preference data; without --adapter on the base model ("w/o SFT")
+```bash
+python DPO_from_dpoData.py --adapter output/sft/final_model --output_dir output/random/dpo \\
+    --train_data output/random/data/dpo_train.json --valid_data output/random/data/dpo_valid.json
+```
+
+# The settings of the published runs
+```bash
+python DPO_from_dpoData.py --config configs/dpo_published.yaml --output_dir output/cluster_exposure/published
+```
+
+Interrupted and started again with the same flags, it goes on from its last checkpoint.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+from datasets import Dataset
+from trl import ModelConfig, get_peft_config
+
+from cebs.preferences import read_preferences
+from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
+from cebs.sources import find_model
+from cebs.training import TRAINING_OUTPUTS, load_trainable, stopping_callbacks, train_and_save
+from utils import (
+    DEFAULT_MODEL,
+    ScriptParser,
+    base_fingerprint,
+    chained_adapter,
+    load_tokenizer,
+    require_done,
+    run_folder,
+    run_script,
+)
+
+DEFAULT_TRAIN_DATA = "output/cluster_exposure/data/dpo_two_negatives_train.json"
+DEFAULT_ADAPTER = "output/sft/final_model"
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of this stage; all others are TRL's (`DPOConfig`, `ModelConfig`).
+
+    Args:
+        train_data (`str`): preference records to train on.
+        valid_data (`str`): preference records to evaluate on.
+        adapter (`str`, *optional*): adapter to start from, and the reference. Left out, it is the SFT adapter where
+            model and data are left out as well, and else none: a new adapter on the base model.
+        max_train_samples (`int`, *optional*): use only the first training records.
+        max_eval_samples (`int`, *optional*): use only the first validation records.
+        loss_threshold (`float`, *optional*): stop when the evaluation loss falls below it.
+        early_stopping_patience (`int`, *optional*): stop after so many evaluations without improvement.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier run in the output folder.
+    """
+
+    train_data: str = field(metadata={"help": "Preference records to train on: prompt, chosen, rejected."})
+    valid_data: str = field(metadata={"help": "Preference records to evaluate on."})
+    adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Adapter to start from, also the reference. Left out: the SFT adapter where model and data are "
+            "left out as well, else none, a new adapter on the base model."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+    loss_threshold: float | None = field(
+        default=None, metadata={"help": "Stop when the evaluation loss falls below it."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without improvement."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
+
+
+def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
+    # -- Input --------------------------------------------------------------------------------------------------------
+    train_records = read_preferences(script_args.train_data)[: script_args.max_train_samples]
+    valid_records = read_preferences(script_args.valid_data)[: script_args.max_eval_samples]
+    require_done(script_args.train_data)
+    on_the_chain = script_args.train_data == DEFAULT_TRAIN_DATA and model_args.model_name_or_path == DEFAULT_MODEL
+    adapter = chained_adapter(script_args.adapter, DEFAULT_ADAPTER, on_the_chain)
+    model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
+
+    with run_folder(
+        training_args.output_dir,
+        script=__file__,
+        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args) | {"adapter": adapter},
+        inputs=[script_args.train_data, script_args.valid_data],
+        base_model=base_fingerprint(model_dir),
+        adapter=adapter,
+        outputs=TRAINING_OUTPUTS,
+        overwrite=script_args.overwrite,
+    ) as run:
+        if run.done:
+            return
+
+        # -- Training -------------------------------------------------------------------------------------------------
+        trainer = SoftmaxDPOTrainer(
+            model=load_trainable(model_dir, model_args, adapter),
+            args=training_args,
+            train_dataset=Dataset.from_list(train_records),
+            eval_dataset=Dataset.from_list(valid_records),
+            processing_class=load_tokenizer(model_dir),
+            peft_config=None if adapter else get_peft_config(model_args),
+            callbacks=stopping_callbacks(script_args.loss_threshold, script_args.early_stopping_patience),
+        )
+        run.counts.update(
+            train_records=len(train_records),
+            valid_records=len(valid_records),
+            rejected_titles=sum(len(record["rejected"]) for record in train_records),
+            shortened_prompts=trainer.shortened_prompts,
+        )
+        train_and_save(trainer, run, model_dir)
+
+
+def make_parser() -> ScriptParser:
+    return ScriptParser((ScriptArguments, SoftmaxDPOConfig, ModelConfig), __doc__, defaults="configs/dpo.yaml")
+
+
+if __name__ == "__main__":
+    run_script(main, make_parser())

@@ -1,0 +1,130 @@
+"""
+Stage 1: supervised fine-tuning. A base model learns to answer "history of titles -> next title".
+
+The loss is on the answer only. What is trained is a LoRA adapter, which goes to `<output_dir>/final_model`.
+
+# The default, configs/sft.yaml, on the default data
+```bash
+python sft_smol.py
+```
+
+# Another data set
+```bash
+python sft_smol.py --data_dir sampled_data/goodreads --output_dir output/goodreads/sft
+```
+
+# The settings of the published runs
+```bash
+python sft_smol.py --config configs/sft_published.yaml --output_dir output/sft_published
+```
+
+# SmolLM2-1.7B with QLoRA on a GPU, and on several
+```bash
+python sft_smol.py --model_name_or_path HuggingFaceTB/SmolLM2-1.7B-Instruct --load_in_4bit --activation_checkpointing
+accelerate launch --num_processes 4 sft_smol.py --model_name_or_path HuggingFaceTB/SmolLM2-1.7B-Instruct
+```
+
+Interrupted and started again with the same flags, it goes on from its last checkpoint.
+"""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from trl import ModelConfig, SFTConfig, get_peft_config
+
+from cebs.sources import find_model
+from cebs.training import (
+    TRAINING_OUTPUTS,
+    CompletionTrainer,
+    HardwareDefaults,
+    load_trainable,
+    stopping_callbacks,
+    tokenize_records,
+    train_and_save,
+)
+from utils import ScriptParser, base_fingerprint, load_tokenizer, read_records, run_folder, run_script
+
+
+@dataclass
+class ScriptArguments:
+    """
+    Arguments of this stage; all others are TRL's (`SFTConfig`, `ModelConfig`).
+
+    Args:
+        data_dir (`str`): data folder with `train_sample.json` and `valid_sample.json`.
+        adapter (`str`, *optional*): adapter to go on from; left out, a new one is trained.
+        max_train_samples (`int`, *optional*): use only the first records of the training file.
+        max_eval_samples (`int`, *optional*): use only the first records of the validation file.
+        early_stopping_patience (`int`, *optional*): stop after so many evaluations without improvement.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier run in the output folder.
+    """
+
+    data_dir: str = field(metadata={"help": "Data folder with train_sample.json and valid_sample.json."})
+    adapter: str = field(default="", metadata={"help": "Adapter to go on from; left out, a new one is trained."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without improvement."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
+
+
+@dataclass
+class SFTArguments(HardwareDefaults, SFTConfig):
+    __doc__ = SFTConfig.__doc__
+
+
+def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: ModelConfig) -> None:
+    # -- Input --------------------------------------------------------------------------------------------------------
+    train_file = Path(script_args.data_dir) / "train_sample.json"
+    valid_file = Path(script_args.data_dir) / "valid_sample.json"
+    train_records = read_records(train_file)[: script_args.max_train_samples]
+    valid_records = read_records(valid_file)[: script_args.max_eval_samples]
+    model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
+
+    with run_folder(
+        training_args.output_dir,
+        script=__file__,
+        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args),
+        inputs=[train_file, valid_file],
+        base_model=base_fingerprint(model_dir),
+        adapter=script_args.adapter,
+        outputs=TRAINING_OUTPUTS,
+        overwrite=script_args.overwrite,
+    ) as run:
+        if run.done:
+            return
+
+        # -- Data and model -------------------------------------------------------------------------------------------
+        tokenizer = load_tokenizer(model_dir)
+        train_dataset, train_shortened = tokenize_records(
+            tokenizer, [(record.prompt, record.output) for record in train_records], training_args.max_length
+        )
+        valid_dataset, valid_shortened = tokenize_records(
+            tokenizer, [(record.prompt, record.output) for record in valid_records], training_args.max_length
+        )
+        run.counts.update(
+            train_records=len(train_records),
+            valid_records=len(valid_records),
+            shortened_prompts=train_shortened + valid_shortened,
+        )
+
+        # -- Training -------------------------------------------------------------------------------------------------
+        trainer = CompletionTrainer(
+            model=load_trainable(model_dir, model_args, script_args.adapter),
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=valid_dataset,
+            processing_class=tokenizer,
+            peft_config=None if script_args.adapter else get_peft_config(model_args),
+            callbacks=stopping_callbacks(None, script_args.early_stopping_patience),
+        )
+        train_and_save(trainer, run, model_dir)
+
+
+def make_parser() -> ScriptParser:
+    return ScriptParser((ScriptArguments, SFTArguments, ModelConfig), __doc__, defaults="configs/sft.yaml")
+
+
+if __name__ == "__main__":
+    run_script(main, make_parser())
