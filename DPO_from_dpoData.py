@@ -39,21 +39,16 @@ from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from cebs.sources import find_model
 from cebs.training import TRAINING_OUTPUTS, load_trainable, stopping_callbacks, train_and_save
 from utils import (
-    DEFAULT_MODEL,
     ScriptParser,
     base_fingerprint,
-    chained_adapter,
     load_tokenizer,
     require_done,
     run_folder,
     run_script,
 )
 
-DEFAULT_TRAIN_DATA = "output/cluster_exposure/data/dpo_two_negatives_train.json"
-DEFAULT_ADAPTER = "output/sft/final_model"
 
-
-@dataclass
+@dataclass(kw_only=True)
 class ScriptArguments:
     """
     Arguments of this stage; all others are TRL's (`DPOConfig`, `ModelConfig`).
@@ -61,8 +56,8 @@ class ScriptArguments:
     Args:
         train_data (`str`): preference records to train on.
         valid_data (`str`): preference records to evaluate on.
-        adapter (`str`, *optional*): adapter to start from, and the reference. Left out, it is the SFT adapter where
-            model and data are left out as well, and else none: a new adapter on the base model.
+        adapter (`str`): adapter to start from, and the reference. Left out where model or data are given: a new
+            adapter on the base model, which is then the reference.
         max_train_samples (`int`, *optional*): use only the first training records.
         max_eval_samples (`int`, *optional*): use only the first validation records.
         loss_threshold (`float`, *optional*): stop when the evaluation loss falls below it.
@@ -72,11 +67,10 @@ class ScriptArguments:
 
     train_data: str = field(metadata={"help": "Preference records to train on: prompt, chosen, rejected."})
     valid_data: str = field(metadata={"help": "Preference records to evaluate on."})
-    adapter: str | None = field(
-        default=None,
+    adapter: str = field(
         metadata={
-            "help": "Adapter to start from, also the reference. Left out: the SFT adapter where model and data are "
-            "left out as well, else none, a new adapter on the base model."
+            "help": "Adapter to start from, also the reference. Left out where model or data are given: a new adapter "
+            "on the base model."
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
@@ -94,18 +88,16 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     # -- Input --------------------------------------------------------------------------------------------------------
     train_records = read_preferences(script_args.train_data)[: script_args.max_train_samples]
     valid_records = read_preferences(script_args.valid_data)[: script_args.max_eval_samples]
-    require_done(script_args.train_data)
-    on_the_chain = script_args.train_data == DEFAULT_TRAIN_DATA and model_args.model_name_or_path == DEFAULT_MODEL
-    adapter = chained_adapter(script_args.adapter, DEFAULT_ADAPTER, on_the_chain)
+    require_done(script_args.train_data, "dataset_generate.py", "dataset_generate_cluster_batch.py")
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
 
     with run_folder(
         training_args.output_dir,
         script=__file__,
-        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args) | {"adapter": adapter},
+        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args),
         inputs=[script_args.train_data, script_args.valid_data],
         base_model=base_fingerprint(model_dir),
-        adapter=adapter,
+        adapter=script_args.adapter,
         outputs=TRAINING_OUTPUTS,
         overwrite=script_args.overwrite,
     ) as run:
@@ -114,12 +106,12 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
 
         # -- Training -------------------------------------------------------------------------------------------------
         trainer = SoftmaxDPOTrainer(
-            model=load_trainable(model_dir, model_args, adapter),
+            model=load_trainable(model_dir, model_args, script_args.adapter),
             args=training_args,
             train_dataset=Dataset.from_list(train_records),
             eval_dataset=Dataset.from_list(valid_records),
             processing_class=load_tokenizer(model_dir),
-            peft_config=None if adapter else get_peft_config(model_args),
+            peft_config=None if script_args.adapter else get_peft_config(model_args),
             callbacks=stopping_callbacks(script_args.loss_threshold, script_args.early_stopping_patience),
         )
         run.counts.update(
@@ -132,7 +124,12 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
 
 
 def make_parser() -> ScriptParser:
-    return ScriptParser((ScriptArguments, SoftmaxDPOConfig, ModelConfig), __doc__, defaults="configs/dpo.yaml")
+    return ScriptParser(
+        (ScriptArguments, SoftmaxDPOConfig, ModelConfig),
+        __doc__,
+        defaults="configs/dpo.yaml",
+        chain=("train_data", "model_name_or_path"),
+    )
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from cebs.training import (
 from utils import ScriptParser, base_fingerprint, load_tokenizer, read_records, run_folder, run_script
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ScriptArguments:
     """
     Arguments of this stage; all others are TRL's (`SFTConfig`, `ModelConfig`).

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 PROJECT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_DATA_DIR = "sampled_data/ml-100k"
 REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "sentence-transformers")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLACES = ("output_dir", "overwrite", "logging_dir", "run_name")  # arguments that do not change what a run computes
@@ -59,22 +58,21 @@ class ScriptParser(TrlParser):
     Args:
         dataclass_types: as for [`~trl.TrlParser`].
         description (`str`): the script's docstring, shown by `--help`.
-        defaults (`str`, *optional*): YAML file, relative to the project, that holds the stage's default settings.
-            They are declared there and nowhere else.
+        defaults (`str`): YAML file, relative to the project, that holds the stage's default settings. They are
+            declared there and nowhere else.
+        chain (`Iterable[str]`, *optional*): inputs whose defaults belong together with that of `--adapter`. Give one of
+            them and leave `--adapter` out, and there is no adapter: the chain's own would belong to other data.
     """
 
-    def __init__(self, dataclass_types: Iterable[type], description: str, defaults: str | None = None, **kwargs):
+    def __init__(self, dataclass_types: Iterable[type], description: str, defaults: str, chain: Iterable[str] = ()):
         import argparse
 
         class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
             """Keeps the line breaks of the docstring and shows each flag's default."""
 
-        super().__init__(
-            dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs
-        )
-        self.defaults_file = PROJECT / defaults if defaults else None
-        if self.defaults_file:
-            self.set_defaults_with_config(**self._read_config(self.defaults_file))
+        super().__init__(dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+        self.chain = frozenset(chain)
+        self.set_defaults_with_config(**self._read_config(PROJECT / defaults))
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
         """Parses the command line; `--config FILE` replaces defaults, flags on the command line win."""
@@ -88,6 +86,9 @@ class ScriptParser(TrlParser):
         _, unknown = self.parse_known_args(args)
         if unknown:
             raise InputError(f"unknown flag {unknown[0]}{self._suggestion(unknown[0].lstrip('-'))}")
+        given = {action.dest for action in self._actions for flag in action.option_strings if flag in args}
+        if given & self.chain and "adapter" not in given:
+            args += ["--adapter", ""]
         try:
             return self.parse_args_into_dataclasses(args, look_for_args_file=False)
         except (ValueError, TypeError) as error:
@@ -139,21 +140,21 @@ def run_script(main: Callable[..., None], parser: ScriptParser) -> None:
         sys.exit(130)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunArguments:
     """Arguments of every script that makes a run folder and does not train.
 
     Args:
         output_dir (`str`): folder of the run.
         overwrite (`bool`, *optional*, defaults to `False`): replace what an earlier run of the script left there.
-        seed (`int`, *optional*, defaults to `42`): seed of all random choices; the same seed gives the same bytes.
+        seed (`int`): seed of all random choices; the same seed gives the same bytes.
     """
 
-    output_dir: str = field(default="output", metadata={"help": "Folder of the run."})
+    output_dir: str = field(metadata={"help": "Folder of the run."})
     overwrite: bool = field(
         default=False, metadata={"help": "Replace what an earlier run of this script left in the folder."}
     )
-    seed: int = field(default=42, metadata={"help": "Seed of all random choices; the same seed gives the same bytes."})
+    seed: int = field(metadata={"help": "Seed of all random choices; the same seed gives the same bytes."})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,17 +359,21 @@ def run_folder(
         lock.release()
 
 
-def require_done(path: str | Path) -> None:
-    """Checks that the run that a file or folder comes from was finished, where a `run.json` tells.
+def require_done(path: str | Path, *scripts: str) -> None:
+    """Checks that the run that wrote a file or folder was finished, where a `run.json` tells.
+
+    Args:
+        path: an input of this run.
+        scripts: the scripts that write such inputs; other scripts may still be at work in the folder.
 
     Raises:
         `InputError`: if the run is still going on, was interrupted or failed.
     """
-    path = Path(path)
-    for folder in (path, *path.parents[:2]):
-        for script, run in _earlier_runs(folder).items():
-            if run["state"] != "done" and script != Path(sys.argv[0]).name:
-                raise InputError(f"{folder}: {script} is {run['state']} there; run it to its end first")
+    for folder in Path(path).absolute().parents[:2]:
+        runs = _earlier_runs(folder)
+        for script in scripts:
+            if script in runs and runs[script]["state"] != "done":
+                raise InputError(f"{path}: {script} is {runs[script]['state']} in {folder}; run it to its end first")
 
 
 def _earlier_runs(folder: Path) -> dict[str, dict]:
@@ -473,44 +478,28 @@ def has_fast_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelArguments:
     """Which model a script decodes with, and on what.
 
     Args:
         model_name_or_path (`str`): folder or hub name of the base model.
-        adapter (`str`, *optional*): folder of the adapter; see `chained_adapter` for what it is when left out.
-        dtype (`str`, *optional*, defaults to `"auto"`): bfloat16 where the hardware has it, else float32.
-        device (`str`, *optional*, defaults to `"auto"`): the GPU where there is one, else the CPU.
+        adapter (`str`): folder of the adapter; an empty string is the base model alone.
+        dtype (`str`): type of the weights; auto is bfloat16 where the hardware computes in it, else float32.
+        device (`str`): auto is the GPU where there is one, else the CPU.
     """
 
-    model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "Folder or hub name of the base model."})
-    adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the adapter. Left out: the base model alone, or, where all other inputs are left at "
-            "their defaults too, the adapter of the stage before."
-        },
+    model_name_or_path: str = field(metadata={"help": "Folder or hub name of the base model."})
+    adapter: str = field(
+        metadata={"help": "Folder of the adapter. Left out where model or data are given: the base model alone."}
     )
     dtype: str = field(
-        default="auto",
         metadata={
-            "help": "Type of the weights; auto is bfloat16 where the hardware has it.",
+            "help": "Type of the weights; auto is bfloat16 where the hardware computes in it, else float32.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N; auto is the GPU if any."})
-
-
-def chained_adapter(adapter: str | None, default: str, on_the_chain: bool) -> str:
-    """Returns the adapter that a script starts from or decodes with; an empty string is the base model alone.
-
-    Left out, it is the base model alone, unless the script's other inputs are left out as well: then it is what the
-    stage before writes by default, so that the scripts chain when they are typed without flags.
-    """
-    chosen = (default if on_the_chain else "") if adapter is None else adapter
-    print(f"adapter: {chosen or 'none, the base model alone'}")
-    return chosen
+    device: str = field(metadata={"help": "auto, cpu, cuda or cuda:N; auto is the GPU if any."})
 
 
 def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
@@ -610,7 +599,7 @@ def check_adapter(adapter: str | Path, model_dir: str | Path) -> None:
     for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}; give the final_model folder of a finished training run")
-    require_done(folder)
+    require_done(folder, "sft_smol.py", "DPO_from_dpoData.py")
     if (folder / "base_model.json").is_file():
         base = read_json(folder / "base_model.json")
         if base["fingerprint"] != base_fingerprint(model_dir):

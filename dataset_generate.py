@@ -1,0 +1,166 @@
+"""
+Stage 2: the negatives that others use. Random titles, or the model's own predictions (self-play, SPRec).
+
+# A title drawn from the training targets (DPO-RN); needs no model
+```bash
+python dataset_generate.py --method random --output_dir output/random
+```
+
+# The SFT model's own greedy prediction (SPRec); without --adapter the base model's
+```bash
+python dataset_generate.py --method self_play --adapter output/sft/final_model --output_dir output/self_play
+```
+
+Interrupted and started again with the same flags, it goes on after the last finished batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from cebs.catalogue import load_catalogue
+from cebs.generation import Decoder, Journal, run_in_batches
+from cebs.negatives import NegativeSelector
+from cebs.preferences import preference_record
+from cebs.prompts import predicted_title
+from cebs.sources import find_model
+from utils import (
+    ModelArguments,
+    RunArguments,
+    ScriptParser,
+    base_fingerprint,
+    check_adapter,
+    load_for_inference,
+    load_tokenizer,
+    read_records,
+    run_folder,
+    run_script,
+    write_json,
+)
+
+SPLITS = ("train", "valid")
+
+
+@dataclass(kw_only=True)
+class ScriptArguments(RunArguments):
+    """
+    Arguments of this stage, beside those that name the model.
+
+    Args:
+        method (`str`): `random` or `self_play`.
+        data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
+        max_new_tokens (`int`): most tokens of a prediction.
+        max_length (`int`): most tokens of prompt and prediction; a longer prompt loses its oldest titles.
+        batch_size (`int`): records between two saves.
+        rows (`int`): records decoded side by side; memory grows with it.
+        max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
+    """
+
+    method: str = field(
+        metadata={
+            "help": "random: a title drawn from the training targets; self_play: the model's own greedy prediction.",
+            "choices": ["random", "self_play"],
+        }
+    )
+    data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
+    max_new_tokens: int = field(metadata={"help": "Most tokens of a prediction."})
+    max_length: int = field(
+        metadata={"help": "Most tokens of prompt and prediction; a longer prompt loses its oldest titles."}
+    )
+    batch_size: int = field(metadata={"help": "Records between two saves."})
+    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+
+
+def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
+    # -- Input --------------------------------------------------------------------------------------------------------
+    data_dir = Path(script_args.data_dir)
+    files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
+    limits = {"train": script_args.max_train_samples, "valid": script_args.max_eval_samples}
+    records = {split: read_records(files[split])[: limits[split]] for split in SPLITS}
+    selector = NegativeSelector(load_catalogue(data_dir), records["train"], "keep", script_args.seed)
+    targets = sorted({record.target for record in records["train"]})
+    model_dir, adapter = None, ""
+    if script_args.method == "self_play":
+        model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
+        if adapter:
+            check_adapter(adapter, model_dir)
+
+    with run_folder(
+        script_args.output_dir,
+        script=__file__,
+        arguments=asdict(script_args) | asdict(model_args),
+        inputs=files.values(),
+        base_model=model_dir and base_fingerprint(model_dir),
+        adapter=adapter,
+        outputs=["data/dpo_train.json", "data/dpo_valid.json", "data/*.partial.jsonl"],
+        overwrite=script_args.overwrite,
+    ) as run:
+        if run.done:
+            return
+        data = run.path / "data"
+
+        # -- Negatives ------------------------------------------------------------------------------------------------
+        journals = []
+        if script_args.method == "random":
+            negatives = {
+                split: [selector.random(targets, record, split, index) for index, record in enumerate(records[split])]
+                for split in SPLITS
+            }
+        else:
+            decoder = Decoder(
+                load_for_inference(model_dir, model_args),
+                load_tokenizer(model_dir),
+                max_length=script_args.max_length,
+                max_new_tokens=script_args.max_new_tokens,
+                rows=script_args.rows,
+            )
+
+            def predict(batch: Sequence[list[int]], start: int) -> list[str]:
+                return [predicted_title(answer) for answer in decoder.greedy(batch)]
+
+            negatives = {}
+            for split in SPLITS:
+                journals.append(Journal(data / f"self_play_{split}.partial.jsonl", run.resumed))
+                prompts = decoder.encode([record.prompt for record in records[split]])
+                own = run_in_batches(prompts, script_args.batch_size, predict, journals[-1], f"self-play, {split}")
+                # a prediction that is right, or a title of the history, is no negative: a random title stands in
+                fits = [
+                    bool(selector.eligible(selector.describe([title], record), record))
+                    for title, record in zip(own, records[split], strict=True)
+                ]
+                negatives[split] = [
+                    title if fit else selector.random(targets, record, split, index)
+                    for index, (title, fit, record) in enumerate(zip(own, fits, records[split], strict=True))
+                ]
+                run.counts[f"{split}_random_instead"] = fits.count(False)
+            run.counts["shortened_prompts"] = decoder.shortened_prompts
+
+        # -- Output ---------------------------------------------------------------------------------------------------
+        for split in SPLITS:
+            rows = [
+                preference_record(record, [negative])
+                for record, negative in zip(records[split], negatives[split], strict=True)
+            ]
+            write_json(data / f"dpo_{split}.json", rows)
+            run.counts[f"{split}_records"] = len(rows)
+            run.counts[f"{split}_not_in_catalogue"] = sum(
+                negative not in selector.catalogue for negative in negatives[split]
+            )
+        for journal in journals:
+            journal.remove()
+        print(f"{script_args.method}: {run.counts}")
+
+
+def make_parser() -> ScriptParser:
+    return ScriptParser(
+        (ScriptArguments, ModelArguments),
+        __doc__,
+        defaults="configs/dataset_generate.yaml",
+        chain=("data_dir", "model_name_or_path"),
+    )
+
+
+if __name__ == "__main__":
+    run_script(main, make_parser())
