@@ -37,7 +37,7 @@ from trl import ModelConfig, get_peft_config
 from cebs.preferences import read_preferences
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from cebs.sources import find_model
-from cebs.training import TRAINING_OUTPUTS, load_trainable, stopping_callbacks, train_and_save
+from cebs.training import TRAINING_OUTPUTS, TRAINING_SCRATCH, load_trainable, stopping_callbacks, train_and_save
 from utils import (
     ScriptParser,
     base_fingerprint,
@@ -99,6 +99,7 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
         base_model=base_fingerprint(model_dir),
         adapter=script_args.adapter,
         outputs=TRAINING_OUTPUTS,
+        scratch=TRAINING_SCRATCH,
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:

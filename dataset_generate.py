@@ -94,7 +94,8 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         inputs=files.values(),
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
-        outputs=["data/dpo_train.json", "data/dpo_valid.json", "data/*.partial.jsonl"],
+        outputs=[f"data/dpo_{split}.json" for split in SPLITS],
+        scratch=["data/*.partial.jsonl"],
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:

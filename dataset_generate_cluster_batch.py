@@ -133,9 +133,9 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         adapter=adapter,
         outputs=[
             "data/candidates.json",
-            "data/*.partial.jsonl",
             *(f"data/{name}_{split}.json" for name in DATA_SETS for split in SPLITS),
         ],
+        scratch=["data/*.partial.jsonl"],
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:

@@ -100,7 +100,8 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         inputs=inputs,
         base_model=base_fingerprint(model_dir),
         adapter=model_args.adapter,
-        outputs=["predictions/raw_results_*.json", "predictions/*.partial.jsonl"],
+        outputs=["predictions/raw_results_*.json"],
+        scratch=["predictions/*.partial.jsonl"],
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:

@@ -35,6 +35,7 @@ from trl import ModelConfig, SFTConfig, get_peft_config
 from cebs.sources import find_model
 from cebs.training import (
     TRAINING_OUTPUTS,
+    TRAINING_SCRATCH,
     CompletionTrainer,
     HardwareDefaults,
     load_trainable,
@@ -90,6 +91,7 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         base_model=base_fingerprint(model_dir),
         adapter=script_args.adapter,
         outputs=TRAINING_OUTPUTS,
+        scratch=TRAINING_SCRATCH,
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:

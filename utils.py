@@ -5,7 +5,6 @@ torch and transformers are imported where they are used, so that a script that o
 
 import contextlib
 import difflib
-import glob
 import hashlib
 import importlib.metadata
 import json
@@ -278,6 +277,7 @@ def run_folder(
     arguments: dict[str, Any],
     inputs: Iterable[str | Path],
     outputs: Iterable[str],
+    scratch: Iterable[str] = (),
     base_model: str | None = None,
     adapter: str | None = None,
     overwrite: bool = False,
@@ -294,7 +294,8 @@ def run_folder(
         inputs: the files that the run reads; their SHA-256 sums are recorded and compared.
         base_model: fingerprint of the base model, recorded and compared.
         adapter: folder of the adapter that the run starts from, recorded and compared.
-        outputs: glob patterns, relative to the folder, of what the script writes there.
+        outputs: glob patterns, relative to the folder, of what a finished run leaves there.
+        scratch: the same for what it writes on the way and may lose: checkpoints, logs, journals.
         overwrite: remove an earlier run's outputs instead of refusing.
 
     Raises:
@@ -312,17 +313,21 @@ def run_folder(
     }
     earlier = _earlier_runs(folder)
     previous = earlier.get(script)
-    old_outputs = [path for pattern in outputs for path in glob.glob(str(folder / pattern))]
+    old_outputs = _found(folder, [*outputs, *scratch])
     same = previous is not None and _identity(previous) == _identity(described)
+    whole = same and previous["state"] == "done" and all((folder / name).exists() for name in previous["outputs"])
     if not overwrite and not same and (previous or old_outputs):
-        what = _difference(previous, described) if previous else f"{Path(old_outputs[0]).name} is there already"
+        what = _difference(previous, described) if previous else f"{old_outputs[0].name} is there already"
         raise InputError(f"{folder}: holds another run of {script} ({what}); use --overwrite or another --output_dir")
-    if same and not overwrite and previous["state"] == "done":
+    if whole and not overwrite:
         print(f"{script}: {folder} is done already, nothing to do (--overwrite does it again)")
         yield Run(folder, done=True, counts=previous["counts"])
         return
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be made: {error.strerror}; give another --output_dir") from error
     try:
         lock = FileLock(folder / f".{script}.lock", timeout=0)
         lock.acquire()
@@ -331,7 +336,7 @@ def run_folder(
     try:
         if overwrite:
             for path in old_outputs:
-                shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         run = Run(folder, resumed=same and not overwrite)
         started = time.time()
         record = {
@@ -354,6 +359,7 @@ def run_folder(
             reason = {"reason": f"{type(error).__name__}: {error}"}
             write_json(folder / "run.json", {**record, "state": state, **reason, **_end(started), "counts": run.counts})
             raise
+        record["outputs"] = [str(path.relative_to(folder)) for path in _found(folder, outputs)]
         write_json(folder / "run.json", {**record, "state": "done", **_end(started), "counts": run.counts})
     finally:
         lock.release()
@@ -381,6 +387,10 @@ def _earlier_runs(folder: Path) -> dict[str, dict]:
         return {}
     last = read_json(folder / "run.json")
     return {**last.pop("earlier_runs", {}), last["script"]: last}
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))
 
 
 def _identity(run: dict) -> tuple[dict, list]:

@@ -23,7 +23,8 @@ from trl import ModelConfig, SFTTrainer, get_quantization_config
 from cebs.prompts import encode_completion, encode_prompt
 from utils import InputError, Run, has_fast_bf16, is_main_process, load_model, save_adapter
 
-TRAINING_OUTPUTS = ("final_model", "checkpoint-*", "runs", "README.md")
+TRAINING_OUTPUTS = ("final_model",)
+TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
 
 
 class HardwareDefaults:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Sets up and runs the tests: ./run_tests.sh [pytest arguments]
+#
+#   ./run_tests.sh                       all of them, under 10 minutes on two cores
+#   ./run_tests.sh tests/test_metrics.py -k ndcg
+#
+# What needs the real model, Goodreads in ../shared or the network runs where these are there, and says when it is skipped.
+set -euo pipefail
+cd "$(dirname "$0")"
+source ./set_up.sh
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

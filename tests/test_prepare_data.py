@@ -1,0 +1,526 @@
+"""prepare_data.py as a user runs it, the logic of its split, and the data set that ships."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import prepare_data
+from cebs.catalogue import load_catalogue
+from cebs.ratings import (
+    ATOMIC_FILES,
+    DATA_FILES,
+    SPLITS,
+    Rating,
+    Window,
+    liked_in_order,
+    movielens_files,
+    read_movielens,
+    sliding_windows,
+    split_by_time,
+    take_in_turns,
+)
+from cebs.sources import MOVIELENS, find_movielens
+from sampled_data.classics import simulate
+from utils import PROJECT, InputError, read_json, read_records, run_script
+
+GOODREADS = PROJECT / "../shared/goodreads"
+CLASSICS = PROJECT / "sampled_data/classics"
+TOY_SIZES = ["--train_size", "30", "--valid_size", "8", "--test_size", "20", "--history_length", "3"]
+
+# number, title, year, genres
+TOY_FILMS = [
+    (1, "Toy Story", "1995", ["Animation", "Children's"]),
+    (2, 'The "Double" Quote', "1990", ["Comedy"]),
+    (3, "Misérables, Les", "1995", ["Drama"]),
+    (4, "Chasing Amy", "1997", ["Drama"]),
+    (5, "", "", ["unknown"]),  # item 267 of MovieLens
+    (6, "Chasing Amy", "1997", ["Comedy", "Drama"]),
+    (7, "Good Morning", "1971", ["unknown"]),
+    (8, "Land Before Time III (1995)", "V", ["Animation"]),
+    *((number, f"Film {number}", "1980", ["Drama"] if number % 2 else ["Comedy"]) for number in range(9, 25)),
+]
+TOY_GENRES = ["unknown", "Animation", "Children's", "Comedy", "Drama"]
+
+
+def run(*flags: str | Path) -> None:
+    prepare_data.main(*prepare_data.make_parser().parse_args_and_config([str(flag) for flag in flags]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in DATA_FILES}
+
+
+def toy_ratings() -> list[tuple[int, int, int, int]]:
+    """Six users rate all films, several in the same second; the later the user, the later the ratings."""
+    rng = np.random.default_rng(0)
+    return [
+        (user, item, int(rng.choice([2, 4, 5])), 880_000_000 + 50 * user + place // 3)
+        for user in range(1, 7)
+        for place, item in enumerate(rng.permutation([film[0] for film in TOY_FILMS]).tolist())
+    ]
+
+
+def write_grouplens(folder: Path, films: list, genres: list[str], ratings: list) -> Path:
+    """Writes films and ratings as GroupLens' archive has them."""
+    folder.mkdir()
+    lines = []
+    for number, title, year, names in films:
+        title = f"{title} ({year})" if title else "unknown"
+        flags = "|".join(str(int(genre in names)) for genre in genres)
+        lines.append(f"{number}|{title}|01-Jan-1995||http://us.imdb.com/M/title-exact?{number}|{flags}\n")
+    (folder / "u.item").write_text("".join(lines), encoding="latin-1")
+    (folder / "u.genre").write_text("".join(f"{genre}|{index}\n" for index, genre in enumerate(genres)) + "\n")
+    (folder / "u.data").write_text("".join("\t".join(map(str, rating)) + "\n" for rating in ratings))
+    return folder
+
+
+def write_atomic(folder: Path, films: list, ratings: list) -> Path:
+    """Writes films and ratings as the package on PyPI has them."""
+    folder.mkdir()
+    lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"]
+    for number, title, year, names in films:
+        lines.append(f"{number}\t{title or 'unkonwn'}\t{year or 'unkonwn'}\t{' '.join(names)}\n")
+    (folder / "ml-100k.item").write_text("".join(lines), encoding="utf-8")
+    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
+    (folder / "ml-100k.inter").write_text(header + "".join("\t".join(map(str, r)) + "\n" for r in ratings))
+    return folder
+
+
+@pytest.fixture
+def grouplens(tmp_path: Path) -> Path:
+    return write_grouplens(tmp_path / "archive", TOY_FILMS, TOY_GENRES, toy_ratings())
+
+
+@pytest.fixture
+def sprec(tmp_path: Path) -> Path:
+    """A folder in SPRec's layout, of Goodreads where it lies beside the project, else of the classics."""
+    origin = GOODREADS if GOODREADS.is_dir() else CLASSICS
+    folder = tmp_path / "SPRec"
+    for part in ("data", "eval"):
+        (folder / part / "Goodreads").mkdir(parents=True)
+    for split in SPLITS:
+        shutil.copyfile(origin / f"{split}_sample.json", folder / f"data/Goodreads/{split}.json")
+    for name in DATA_FILES[3:]:
+        shutil.copyfile(origin / name, folder / "eval/Goodreads" / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def movielens() -> Path:
+    try:
+        return find_movielens()
+    except InputError as error:
+        pytest.skip(f"MovieLens-100K is neither in sampled_data/raw nor to be had from the package registry: {error}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The split
+# ---------------------------------------------------------------------------------------------------------------------
+
+rating_lists = st.lists(
+    st.builds(
+        Rating,
+        user=st.sampled_from("abcde"),
+        title=st.sampled_from([f"T{number}" for number in range(12)]),
+        stars=st.sampled_from([1.0, 3.0, 4.0, 5.0]),
+        time=st.integers(0, 30),
+    ),
+    max_size=150,
+)
+shares = st.floats(0.01, 0.49)
+
+
+@given(rating_lists, st.integers(1, 4), shares, shares, st.integers(0, 3))
+@settings(max_examples=150, deadline=None)
+def test_histories_and_split(ratings, history_length, valid_share, test_share, seed):
+    liked = liked_in_order(ratings, seed)
+    first_time: dict[tuple[str, str], int] = {}
+    for rating in ratings:
+        if rating.stars >= 4:
+            key = rating.user, rating.title
+            first_time[key] = min(rating.time, first_time.get(key, rating.time))
+    for user, mine in liked.items():
+        assert [rating.time for rating in mine] == sorted(rating.time for rating in mine)
+        assert {rating.title: rating.time for rating in mine} == {t: s for (u, t), s in first_time.items() if u == user}
+    assert sum(map(len, liked.values())) == len(first_time)
+
+    windows = sliding_windows(liked, history_length)
+    assert len(windows) == sum(max(0, len(mine) - history_length) for mine in liked.values())
+    for user, history, target, time in windows:
+        assert len(history) == history_length and len({*history, target}) == history_length + 1
+        assert all(first_time[user, title] <= time == first_time[user, target] for title in history)
+    if not windows:
+        return
+
+    split = split_by_time(windows, valid_share, test_share)
+    assert Counter(windows) == Counter(window for name in SPLITS for window in split[name])
+    for earlier, later in (("train", "valid"), ("valid", "test"), ("train", "test")):
+        # nothing that an earlier split holds, history or target, is as late as a later split's first target
+        known = [first_time[w.user, title] for w in split[earlier] for title in (*w.history, w.target)]
+        assert max(known, default=-1) < min((w.time for w in split[later]), default=10**9)
+
+
+@given(rating_lists.flatmap(lambda ratings: st.tuples(st.just(ratings), st.permutations(ratings))))
+@settings(max_examples=50, deadline=None)
+def test_the_order_of_the_source_does_not_matter(ratings_twice):
+    ratings, shuffled = ratings_twice
+    assert liked_in_order(ratings, 42) == liked_in_order(shuffled, 42)
+
+
+@given(st.lists(st.integers(0, 8), min_size=1, max_size=8), st.data())
+@settings(max_examples=100, deadline=None)
+def test_users_take_turns(windows_per_user, data):
+    windows = [Window(f"u{u}", (), f"{u}/{n}", 0) for u, count in enumerate(windows_per_user) for n in range(count)]
+    size = data.draw(st.integers(0, len(windows)))
+    taken = take_in_turns(windows, size, np.random.default_rng(1))
+    assert len(taken) == size == len(set(taken)) and set(taken) <= set(windows)
+    given_by = Counter(window.user for window in taken)
+    most = max(given_by.values(), default=0)
+    for user, count in enumerate(windows_per_user):
+        assert given_by[f"u{user}"] >= min(count, most - 1), "a user gave two more than another that had some left"
+    everything = take_in_turns(windows, len(windows), np.random.default_rng(1))
+    assert everything[:size] == taken, "a smaller sample must be the beginning of a larger one"
+
+
+def test_ties_are_not_in_the_order_of_the_films():
+    """Ratings of one second in the order of film numbers would teach a model the numbers."""
+    ratings = [Rating("u", f"T{number:02}", 5, 7) for number in range(50)]
+    titles = [rating.title for rating in liked_in_order(ratings, 42)["u"]]
+    assert titles != sorted(titles) and sorted(titles) == [rating.title for rating in ratings]
+    assert titles != [rating.title for rating in liked_in_order(ratings, 43)["u"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MovieLens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_grouplens_archive(grouplens, tmp_path):
+    run("--source", grouplens, "--output_dir", tmp_path / "out", *TOY_SIZES)
+    catalogue = load_catalogue(tmp_path / "out")
+    titles = ["Toy Story (1995)", "The 'Double' Quote (1990)", "Misérables, Les (1995)", "Chasing Amy (1997)"]
+    titles += ["Good Morning (1971)", "Land Before Time III (1995)"]
+    assert catalogue.titles == [*titles, *(f"Film {number} (1980)" for number in range(9, 25))]
+    assert catalogue.genres["Chasing Amy (1997)"] == ["Comedy", "Drama"]
+    assert catalogue.genres["Good Morning (1971)"] == []
+    assert catalogue.genres["Toy Story (1995)"] == ["Animation", "Children's"]
+    assert catalogue.counted_genres == ["Animation", "Children's", "Comedy", "Drama"]
+
+    for split, size in zip(SPLITS, (30, 8, 20), strict=True):
+        records = read_records(tmp_path / "out" / f"{split}_sample.json")
+        assert len(records) == size
+        for record in records:
+            assert len(record.history) == 3 and len({*record.history, record.target} & {*catalogue.titles}) == 4
+            assert "movie" in record.instruction and "movie" in record.input
+            assert record.output == f'"{record.target}"\n'
+    made = read_json(tmp_path / "out/run.json")
+    assert made["state"] == "done" and made["counts"]["records"] == {"train": 30, "valid": 8, "test": 20}
+    assert made["counts"]["last_target"]["train"] < made["counts"]["first_target"]["test"]
+
+
+def test_both_formats_give_the_same(grouplens, tmp_path):
+    atomic = write_atomic(tmp_path / "atomic", TOY_FILMS, list(reversed(toy_ratings())))
+    run("--source", grouplens, "--output_dir", tmp_path / "a", *TOY_SIZES)
+    run("--source", atomic, "--output_dir", tmp_path / "b", *TOY_SIZES)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_seeds_and_sizes(grouplens, tmp_path):
+    flags = ["--source", grouplens, *TOY_SIZES]
+    run(*flags, "--output_dir", tmp_path / "a")
+    run(*flags, "--output_dir", tmp_path / "b")
+    run(*flags, "--output_dir", tmp_path / "c", "--seed", "43")
+    run(*flags, "--output_dir", tmp_path / "d", "--train_size", "10")
+    first = contents(tmp_path / "a")
+    assert contents(tmp_path / "b") == first
+    assert contents(tmp_path / "c")["train_sample.json"] != first["train_sample.json"]
+    smaller = contents(tmp_path / "d")
+    assert json.loads(smaller.pop("train_sample.json")) == json.loads(first.pop("train_sample.json"))[:10]
+    assert smaller == first, "the size of one split changed another"
+
+
+def test_second_start_and_another_run_in_the_folder(grouplens, tmp_path, capsys):
+    flags = ["--source", grouplens, *TOY_SIZES, "--output_dir", tmp_path / "out"]
+    run(*flags)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir() if path.name != "run.json"}
+    summary = capsys.readouterr().out
+    run(*flags)
+    again = capsys.readouterr().out
+    assert "done already" in again and again.endswith(summary)
+    with pytest.raises(InputError, match="--overwrite"):
+        run(*flags, "--seed", "1")
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    run(*flags, "--seed", "1", "--overwrite")
+    assert read_json(tmp_path / "out/run.json")["seed"] == 1
+
+
+def test_default_sizes_on_movielens(movielens, tmp_path):
+    """The sizes of the contract can be had, from both formats; and the titles' times bear out the split."""
+    run("--output_dir", tmp_path / "a")
+    ratings, catalogue = read_movielens(movielens_files(movielens))
+    assert load_catalogue(tmp_path / "a") == catalogue
+    assert len(ratings) == 99_991 and len(catalogue.titles) == 1663 and len(catalogue.counted_genres) == 18
+    assert len(set(catalogue.titles)) == 1663 and all(title.endswith(")") for title in catalogue.titles)
+    assert "Sabrina (1995)" in catalogue and "unkonwn" not in " ".join(catalogue.titles)
+
+    counts = read_json(tmp_path / "a/run.json")["counts"]
+    assert counts["records"] == {"train": 1024, "valid": 256, "test": 1000}
+    assert counts["users"] == {"train": 532, "valid": 171, "test": 365}
+    assert counts["last_target"]["train"] < counts["first_target"]["valid"]
+    assert counts["last_target"]["valid"] < counts["first_target"]["test"]
+
+    with (movielens / "ml-100k.item").open(encoding="utf-8") as file:
+        films = [line.rstrip("\n").split("\t") for line in file][1:]
+    films = [(n, "" if t == "unkonwn" else t, y, genres.split()) for n, t, y, genres in films]
+    with (movielens / "ml-100k.inter").open(encoding="utf-8") as file:
+        rows = [line.split() for line in file][1:]
+    source = write_grouplens(tmp_path / "archive", films, ["unknown", *catalogue.counted_genres], rows)
+    run("--output_dir", tmp_path / "b", "--source", source)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SPRec's layout
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_sprec(sprec, tmp_path):
+    flags = ["--dataset", "sprec", "--source", sprec, "--train_size", "100", "--valid_size", "64"]
+    run(*flags, "--test_size", "50", "--output_dir", tmp_path / "a")
+    run(*flags, "--test_size", "50", "--output_dir", tmp_path / "b")
+    run(*flags, "--test_size", "50", "--output_dir", tmp_path / "c", "--seed", "1")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") != contents(tmp_path / "c")
+    assert load_catalogue(tmp_path / "a") == load_catalogue(sprec / "eval/Goodreads")
+    for split, size in zip(SPLITS, (100, 64, 50), strict=True):
+        source = read_json(sprec / f"data/Goodreads/{split}.json")
+        records = read_json(tmp_path / "a" / f"{split}_sample.json")
+        places = [source.index(record) for record in records]
+        assert len(places) == size and places == sorted(places)
+
+
+def test_sprec_takes_the_whole(sprec, tmp_path):
+    whole = {split: read_json(sprec / f"data/Goodreads/{split}.json") for split in SPLITS}
+    flags = [word for split in SPLITS for word in (f"--{split}_size", len(whole[split]))]
+    run("--dataset", "sprec", "--source", sprec, *flags, "--output_dir", tmp_path / "out")
+    assert {split: read_json(tmp_path / "out" / f"{split}_sample.json") for split in SPLITS} == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def replace_line(number: int, line: str):
+    def damage(path: Path) -> None:
+        lines = path.read_text(encoding="latin-1").split("\n")
+        lines[number] = line
+        path.write_text("\n".join(lines), encoding="latin-1")
+
+    return damage
+
+
+def write(text: str):
+    return lambda path: path.write_text(text, encoding="utf-8")
+
+
+def change_record(index: int, **changes: object):
+    def damage(path: Path) -> None:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        records[index] = {key: value for key, value in {**records[index], **changes}.items() if value is not None}
+        path.write_text(json.dumps(records), encoding="utf-8")
+
+    return damage
+
+
+def nothing(path: Path) -> None:
+    pass
+
+
+MOVIELENS_CASES = {
+    "missing file": ("u.genre", Path.unlink, [], "u.data, u.item, u.genre"),
+    "column missing": ("u.data", replace_line(4, "1\t2\t5"), [], "u.data: line 5: 3 columns instead of 4"),
+    "not a number": ("u.data", replace_line(0, "1\t2\tgood\t7"), [], "u.data: line 1: rating and timestamp"),
+    "not finite": ("u.data", replace_line(0, "1\t2\tnan\t7"), [], "u.data: line 1: rating must be a finite"),
+    "endless time": ("u.data", replace_line(0, "1\t2\t5\tinf"), [], "u.data: line 1: rating and timestamp"),
+    "unknown item": ("u.data", replace_line(2, "1\t99\t5\t7"), [], "u.data: line 3: item 99 is not in u.item"),
+    "empty ratings": ("u.data", write(""), [], "u.data: the file has no entry"),
+    "empty films": ("u.item", write("\n"), [], "u.item: the file has no entry"),
+    "film twice": ("u.item", replace_line(1, "1|A (1990)||||0|0|0|0|1"), [], "u.item: item 1 occurs twice"),
+    "genre is no flag": ("u.item", replace_line(1, "2|A (1990)||||0|0|0|0|x"), [], "u.item: line 2: the genre columns"),
+    "no genre": ("u.item", write("1|A (1990)||||1|0|0|0|0\n"), [], "u.item: no film has a genre"),
+    "no titles": ("u.item", write("1|unknown||||1|0|0|0|0\n"), [], "u.item: no film with a title"),
+    "too many records": ("u.data", nothing, ["--test_size", "5000"], "--test_size 5000 cannot be had"),
+    "history too long": ("u.data", nothing, ["--history_length", "90"], "there are 0 train, 0 valid, 0 test records"),
+    "no records asked for": ("u.data", nothing, ["--valid_size", "0"], "--valid_size 0: must be at least 1"),
+    "negative seed": ("u.data", nothing, ["--seed", "-1"], "--seed -1: must not be negative"),
+    "no time to train": ("u.data", nothing, ["--test_share", "0.95"], "their sum must be below 1"),
+    "no share": ("u.data", nothing, ["--valid_share", "nan"], "must be above 0"),
+    "unknown flag": ("u.data", nothing, ["--tset_size", "5"], "unknown flag --tset_size; did you mean test_size?"),
+    "another data set": ("u.data", nothing, ["--dataset", "netflix"], "netflix"),
+}
+SPREC_CASES = {
+    "no source": ("data/Goodreads/train.json", nothing, ["--source", ""], "--source"),
+    "no category": ("data/Goodreads/train.json", nothing, ["--category", "Steam"], "data/Steam: no such folder"),
+    "missing file": ("data/Goodreads/valid.json", Path.unlink, [], "valid.json: no such file"),
+    "invalid JSON": ("data/Goodreads/test.json", write("[\n{,}]"), [], "test.json: invalid JSON at line 2"),
+    "not a list": ("data/Goodreads/test.json", write("{}"), [], "test.json: expected a JSON list"),
+    "empty list": ("data/Goodreads/test.json", write("[]"), [], "test.json: the list is empty"),
+    "not an object": ("data/Goodreads/test.json", write("[7]"), [], "test.json: record 0"),
+    "key missing": ("data/Goodreads/train.json", change_record(3, output=None), [], "record 3: 'output' is missing"),
+    "not text": ("data/Goodreads/train.json", change_record(3, input=["A"]), [], "record 3: instruction, input"),
+    "target unquoted": ("data/Goodreads/train.json", change_record(5, output="Emma"), [], "record 5: output must be"),
+    "history unquoted": ("data/Goodreads/train.json", change_record(5, input="Emma"), [], "record 5: input must hold"),
+    "another category's catalogue": (
+        "data/Goodreads/valid.json",
+        write(json.dumps([{"instruction": "i", "input": '"A"', "output": '"B"'}])),
+        [],
+        "valid.json: no target is in name2genre.json",
+    ),
+    "empty catalogue": ("eval/Goodreads/name2genre.json", write("{}"), [], "name2genre.json: expected a JSON object"),
+    "gap in the ids": ("eval/Goodreads/id2name.json", write('{"1": "A"}'), [], "id2name.json: id 0 is missing"),
+    "genres are text": ("eval/Goodreads/name2genre.json", write('{"A": "x"}'), [], "name2genre.json: 'A': genres must"),
+    "too many records": ("data/Goodreads/train.json", nothing, ["--train_size", "99999"], "--train_size 99999 cannot"),
+}
+
+
+def check_refusal(capsys, monkeypatch, flags: list, message: str, root: Path) -> None:
+    """Exit code 2, one line on stderr with the message, and not a file added or changed."""
+    before = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        run_script(prepare_data.main, prepare_data.make_parser())
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("prepare_data.py: error: ") and error.count("\n") == 1 and message in error, error
+    assert {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()} == before
+
+
+@pytest.mark.parametrize("case", MOVIELENS_CASES)
+def test_bad_movielens(case, grouplens, tmp_path, capsys, monkeypatch):
+    name, damage, flags, message = MOVIELENS_CASES[case]
+    damage(grouplens / name)
+    flags = ["--source", grouplens, *TOY_SIZES, "--output_dir", tmp_path / "out", *flags]
+    check_refusal(capsys, monkeypatch, flags, message, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", SPREC_CASES)
+def test_bad_sprec(case, sprec, tmp_path, capsys, monkeypatch):
+    name, damage, flags, message = SPREC_CASES[case]
+    damage(sprec / name)
+    sizes = ["--train_size", "10", "--valid_size", "10", "--test_size", "10"]
+    flags = ["--dataset", "sprec", "--source", sprec, *sizes, "--output_dir", tmp_path / "out", *flags]
+    check_refusal(capsys, monkeypatch, flags, message, tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("ml-100k.inter", "user\titem\n", "ml-100k.inter: line 1: expected the header user_id"),
+        ("ml-100k.item", "", "ml-100k.item: line 1: expected the header item_id"),
+    ],
+)
+def test_bad_header(name, text, message, tmp_path, capsys, monkeypatch):
+    source = write_atomic(tmp_path / "atomic", TOY_FILMS, toy_ratings())
+    (source / name).write_text(text)
+    check_refusal(capsys, monkeypatch, ["--source", source, "--output_dir", tmp_path / "out"], message, tmp_path)
+
+
+def test_bad_config(tmp_path, capsys, monkeypatch):
+    (tmp_path / "own.yaml").write_text("trainsize: 10\n")
+    flags = ["--config", tmp_path / "own.yaml", "--output_dir", tmp_path / "out"]
+    check_refusal(capsys, monkeypatch, flags, "unknown key 'trainsize'; did you mean train_size?", tmp_path)
+
+
+def test_the_data_set_that_ships_is_safe(grouplens, capsys, monkeypatch):
+    """Another data folder, made by no run of this script, is never written over."""
+    flags = ["--source", grouplens, *TOY_SIZES, "--output_dir", CLASSICS]
+    check_refusal(capsys, monkeypatch, flags, "use --overwrite or another --output_dir", CLASSICS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command itself
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_command_line(grouplens, tmp_path):
+    """In a process of its own, with a config file, whose settings a flag wins over."""
+    (tmp_path / "own.yaml").write_text("train_size: 12\nvalid_size: 4\ntest_size: 9\nhistory_length: 3\n")
+    command = [sys.executable, PROJECT / "prepare_data.py", "--config", tmp_path / "own.yaml", "--test_size", "6"]
+    command += ["--source", grouplens, "--output_dir", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    sizes = {split: len(read_json(tmp_path / f"out/{split}_sample.json")) for split in SPLITS}
+    assert sizes == {"train": 12, "valid": 4, "test": 6}
+    assert "of the test targets occur in training" in done.stdout
+
+    refused = subprocess.run([*command, "--seed", "7"], capture_output=True, text=True, cwd=tmp_path)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and "Traceback" not in refused.stderr
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        prepare_data.make_parser().parse_args_and_config(["--help"])
+    text = capsys.readouterr().out
+    assert "python prepare_data.py --dataset sprec" in text and "Training records. (default: 1024)" in text
+
+
+def test_download_only(tmp_path, monkeypatch, capsys):
+    asked = []
+    for name in ("find_model", "find_encoder", "find_movielens"):
+        monkeypatch.setattr(prepare_data, name, lambda *what: asked.append(what) or Path("there"))
+    run("--download_only", "--encoder", "some/encoder", "--output_dir", tmp_path / "out")
+    assert asked == [("HuggingFaceTB/SmolLM2-135M-Instruct",), ("some/encoder",), ()]
+    assert not (tmp_path / "out").exists() and capsys.readouterr().out.count("there") == 3
+
+
+def test_default_output_dirs(sprec, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sizes = ["--train_size", "9", "--valid_size", "9", "--test_size", "9"]
+    run("--dataset", "sprec", "--source", sprec, *sizes)
+    write_grouplens(tmp_path / "archive", TOY_FILMS, TOY_GENRES, toy_ratings())
+    run("--source", tmp_path / "archive", *TOY_SIZES)
+    assert sorted(path.name for path in (tmp_path / "sampled_data").iterdir()) == ["goodreads", "ml-100k"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data set that ships
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_classics_are_what_the_script_writes(tmp_path):
+    simulate.main(*simulate.make_parser().parse_args_and_config(["--output_dir", str(tmp_path)]))
+    assert contents(tmp_path) == contents(CLASSICS)
+
+
+def test_classics():
+    books = load_catalogue(CLASSICS)
+    assert books == simulate.read_books()
+    assert len(books.titles) > 300 and 8 <= len(books.counted_genres) <= 12
+    assert all(1 <= len(names) <= 3 for names in books.genres.values())
+    for split, size in simulate.READERS.items():
+        records = read_records(CLASSICS / f"{split}_sample.json")
+        assert len(records) == size
+        for record in records:
+            assert len({*record.history, record.target} & {*books.titles}) == 11, record
+    assert sum(path.stat().st_size for path in CLASSICS.glob("*.*")) < 400_000
+
+
+def test_simulate_does_not_replace_other_data(tmp_path):
+    (tmp_path / "train_sample.json").write_text("[]")
+    with pytest.raises(InputError, match="--overwrite"):
+        simulate.main(*simulate.make_parser().parse_args_and_config(["--output_dir", str(tmp_path)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["train_sample.json"]
+
+
+def test_file_names_agree_with_the_package():
+    assert MOVIELENS.files == ATOMIC_FILES
