@@ -94,7 +94,7 @@ class NegativeSelector:
         )
 
     def long_tail(self, candidates: list[Candidate], record: Record, split: str, index: int) -> Selection:
-        """Returns the candidate outside the cluster with the least exposure, of several the one sampled first (rule 5)."""
+        """Returns the candidate outside the cluster with the least exposure; ties go to the first sampled (rule 5)."""
         return self._choose(
             "long_tail",
             candidates,
