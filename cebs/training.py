@@ -1,5 +1,6 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,9 @@ from trl import ModelConfig, SFTTrainer, get_quantization_config
 from cebs.prompts import encode_completion, encode_prompt
 from utils import InputError, Run, has_fast_bf16, is_main_process, load_model, save_adapter
 
+# TRL 1.16 itself asks transformers 5.23 for the old name
+warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
 TRAINING_OUTPUTS = ("final_model",)
 TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
 
@@ -33,6 +37,7 @@ class HardwareDefaults:
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = has_fast_bf16() and not self.fp16
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         if self.report_to == "none" and is_tensorboard_available():
             self.report_to = "tensorboard"
         super().__post_init__()

@@ -1,0 +1,263 @@
+"""S-DPO: the loss, both row layouts, the reference, and equality with TRL's own DPO trainer."""
+
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from trl import DPOConfig, DPOTrainer
+
+from cebs.prompts import encode_completion
+from cebs.softmax_dpo import (
+    RepeatedPromptCollator,
+    SharedPromptCollator,
+    SoftmaxDPOConfig,
+    SoftmaxDPOTrainer,
+    repeated_log_probs,
+    softmax_dpo_loss,
+)
+from cebs.training import LossThresholdCallback
+from utils import load_model, load_tokenizer
+
+PROMPTS = ['### Input:\n"Emma (1815)"\n### Response:\n', '### Input:\n"A", "B", "Dracula (1897)"\n### Response:\n', "x"]
+PAIRS = [
+    {"prompt": PROMPTS[0], "chosen": '"Persuasion (1817)"', "rejected": ['"Dracula (1897)"']},
+    {"prompt": PROMPTS[1], "chosen": '"Carmilla (1872)"', "rejected": ['"Emma (1815)"']},
+    {"prompt": PROMPTS[2], "chosen": '"O"', "rejected": ['"The Time Machine (1895)"']},
+    {"prompt": PROMPTS[0], "chosen": '"Evelina (1778)"', "rejected": ['"O"']},
+]
+LISTS = [
+    {"prompt": PROMPTS[0], "chosen": '"Persuasion (1817)"', "rejected": ['"Dracula (1897)"', '"O"', '"Emma (1815)"']},
+    {"prompt": PROMPTS[1], "chosen": '"Carmilla (1872)"', "rejected": ['"Emma (1815)"']},
+    {"prompt": PROMPTS[2], "chosen": '"O"', "rejected": ['"The Time Machine (1895)"', '"Evelina (1778)"']},
+]
+
+
+@pytest.fixture
+def adapted(tiny_model):
+    """A tiny model with an adapter whose weights are not zero, so that policy, reference and base model all differ."""
+    torch.manual_seed(0)
+    model = get_peft_model(load_model(tiny_model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def make_trainer(model, tiny_model, folder, records, *, base=SoftmaxDPOTrainer, **settings):
+    config = SoftmaxDPOConfig if issubclass(base, SoftmaxDPOTrainer) else DPOConfig
+    args = config(
+        output_dir=str(folder),
+        per_device_train_batch_size=len(records),
+        report_to=[],
+        bf16=False,
+        activation_checkpointing=False,
+        beta=0.3,
+        **settings,
+    )
+    return base(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(records),
+        eval_dataset=Dataset.from_list(records),
+        processing_class=load_tokenizer(tiny_model),
+    )
+
+
+class ApartDPOTrainer(DPOTrainer):
+    """TRL's trainer on rows that were tokenised as ours are: prompt and completion apart."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return Dataset.from_list(
+            [
+                {
+                    "prompt_ids": processing_class(record["prompt"]).input_ids,
+                    "chosen_ids": encode_completion(processing_class, record["chosen"]),
+                    "rejected_ids": encode_completion(processing_class, record["rejected"][0]),
+                }
+                for record in dataset
+            ]
+        )
+
+
+def step(trainer):
+    """Loss, gradients and logged figures of one forward and backward pass, the policy moved off its reference."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if ".default." in name and "lora_B" in name:
+                parameter += 0.1 * torch.randn_like(parameter)
+    trainer.model.train()
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    gradients = {
+        name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.grad is not None
+    }
+    return loss.detach(), gradients, {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def assert_same_step(ours, other, tolerance=1e-4):
+    torch.testing.assert_close(ours[0], other[0], atol=tolerance, rtol=tolerance)
+    assert ours[1].keys() == other[1].keys() and ours[1]
+    for name, gradient in ours[1].items():
+        torch.testing.assert_close(gradient, other[1][name], atol=tolerance, rtol=1e-3, msg=name)
+    for name, value in ours[2].items():
+        assert value == pytest.approx(other[2][name], abs=1e-3), name
+
+
+def test_loss_is_dpo_with_one_rejected_title():
+    chosen, rejected = torch.tensor([0.4, -1.0]), torch.tensor([[0.1], [2.0]])
+    expected = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected[:, 0]))
+    torch.testing.assert_close(softmax_dpo_loss(chosen, rejected, torch.ones(2, 1, dtype=torch.bool), 0.1), expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.floats(-50, 50),
+    st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=1, max_size=6).filter(
+        lambda values: any(present for _, present in values)
+    ),
+    st.floats(0.01, 2),
+)
+def test_loss_equals_the_formula(chosen, rejected, beta):
+    total = sum(math.exp(beta * (value - chosen)) for value, present in rejected if present)
+    expected = math.log1p(total)  # -log sigmoid(-log total)
+    loss = softmax_dpo_loss(
+        torch.tensor([chosen], dtype=torch.float64),
+        torch.tensor([[value for value, _ in rejected]], dtype=torch.float64),
+        torch.tensor([[present for _, present in rejected]]),
+        beta,
+    )
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def test_loss_does_not_overflow():
+    chosen = torch.tensor([-4000.0], requires_grad=True)
+    loss = softmax_dpo_loss(chosen, torch.tensor([[4000.0, 0.0]]), torch.tensor([[True, True]]), 1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(8000) and chosen.grad.item() == pytest.approx(-1)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_one_rejected_title_is_trls_dpo(adapted, tiny_model, tmp_path, shared):
+    """Loss, gradients and logged rewards; the reference is a frozen copy of the adapter on the same weights."""
+    trainer = make_trainer(adapted, tiny_model, tmp_path / "ours", PAIRS, shared_prompt=shared)
+    ours = step(trainer)
+    assert trainer.ref_model is None and "ref" in trainer.model.peft_config
+    adapted.delete_adapter("ref")
+    torch.manual_seed(0)
+    fresh = get_peft_model(load_model(tiny_model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in fresh.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    theirs = step(make_trainer(fresh, tiny_model, tmp_path / "trl", PAIRS, base=ApartDPOTrainer))
+    assert_same_step(ours, theirs)
+    assert ours[0] != pytest.approx(math.log(2), abs=1e-3), "the policy has not moved, the test shows nothing"
+
+
+@pytest.mark.parametrize("precompute", [True, False])
+def test_shared_rows_equal_repeated_prompts(tiny_model, tmp_path, precompute):
+    """Lists of different lengths, prompts of very different lengths, one-letter titles."""
+    steps = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(tiny_model), config)
+        steps.append(
+            step(
+                make_trainer(
+                    model,
+                    tiny_model,
+                    tmp_path / str(shared),
+                    LISTS,
+                    shared_prompt=shared,
+                    precompute_ref_log_probs=precompute,
+                )
+            )
+        )
+    assert_same_step(*steps)
+
+
+def test_reference_log_probs_once_or_each_time(adapted, tiny_model, tmp_path):
+    trainer = make_trainer(adapted, tiny_model, tmp_path, LISTS, precompute_ref_log_probs=True)
+    rows = list(trainer.train_dataset)
+    assert [len(row["ref_logps"]) for row in rows] == [4, 2, 3]
+    batch = trainer.data_collator(rows)
+    again = trainer.compute_ref_log_probs(trainer.model, batch)
+    torch.testing.assert_close(batch["ref_logps"], again, atol=1e-4, rtol=1e-4)
+    assert (again[~batch["is_completion"]] == 0).all()
+
+
+def test_reference_without_an_adapter_is_the_base_model(tiny_model, tmp_path):
+    base = load_model(tiny_model)
+    args = SoftmaxDPOConfig(output_dir=str(tmp_path), report_to=[], bf16=False, activation_checkpointing=False)
+    trainer = SoftmaxDPOTrainer(
+        model=load_model(tiny_model),
+        args=args,
+        train_dataset=Dataset.from_list(LISTS),
+        processing_class=load_tokenizer(tiny_model),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter += 1.0
+        repeated = RepeatedPromptCollator(trainer.processing_class.pad_token_id)(list(trainer.train_dataset))
+        expected = repeated_log_probs(base, repeated)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    torch.testing.assert_close(trainer.compute_ref_log_probs(trainer.model, batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_training_on_mixed_lists_widens_the_margin(adapted, tiny_model, tmp_path):
+    trainer = make_trainer(
+        adapted, tiny_model, tmp_path, LISTS, max_steps=12, learning_rate=1e-2, save_strategy="no", logging_steps=1
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    margins = [entry["rewards/margins"] for entry in trainer.state.log_history if "rewards/margins" in entry]
+    mean_of_logs = sum(math.log1p(len(record["rejected"])) for record in LISTS) / len(LISTS)
+    assert losses[0] == pytest.approx(mean_of_logs, abs=1e-3)  # policy and reference begin equal: log(1 + K)
+    assert losses[-1] < losses[0] and margins[-1] > margins[0]
+
+
+def test_collators_show_what_their_docstrings_say():
+    record = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9]}
+    shared = SharedPromptCollator(pad_token_id=0)([record | {"rejected_ids": [[10, 9]]}])
+    assert shared["input_ids"].tolist() == [[5, 6, 7, 8, 7, 10]]
+    assert shared["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert shared["labels"].tolist() == [[8, 9, 10, 9]] and shared["branch_ids"].tolist() == [[0, 0, 1, 1]]
+    repeated = RepeatedPromptCollator(pad_token_id=0)([record | {"rejected_ids": [[10]]}])
+    assert repeated["input_ids"].tolist() == [[5, 6, 7, 8, 9], [5, 6, 7, 10, 0]]
+    assert repeated["completion_mask"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 0]]
+    assert repeated["row"].tolist() == [[0, 1]]
+
+
+def test_long_prompts_lose_their_oldest_titles(adapted, tiny_model, tmp_path):
+    titles = ", ".join(f'"Title {number}"' for number in range(30))
+    record = {"prompt": f"### Input:\n{titles}\n### Response:\n", "chosen": '"A"', "rejected": ['"B"']}
+    trainer = make_trainer(adapted, tiny_model, tmp_path, [record], max_length=120)
+    row = trainer.train_dataset[0]
+    assert trainer.shortened_prompts == 1
+    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"][0])) <= 120
+    text = trainer.processing_class.decode(row["prompt_ids"])
+    assert text.startswith("### Input:") and text.endswith('"Title 29"\n### Response:\n') and '"Title 0"' not in text
+
+
+def test_loss_threshold_stops_training(adapted, tiny_model, tmp_path):
+    trainer = make_trainer(
+        adapted,
+        tiny_model,
+        tmp_path,
+        PAIRS,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="no",
+    )
+    trainer.add_callback(LossThresholdCallback(10.0))
+    trainer.train()
+    assert trainer.state.global_step == 1
