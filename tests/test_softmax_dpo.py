@@ -241,7 +241,7 @@ def test_long_prompts_lose_their_oldest_titles(adapted, tiny_model, tmp_path):
     record = {"prompt": f"### Input:\n{titles}\n### Response:\n", "chosen": '"A"', "rejected": ['"B"']}
     trainer = make_trainer(adapted, tiny_model, tmp_path, [record], max_length=120)
     row = trainer.train_dataset[0]
-    assert trainer.shortened_prompts == 1
+    assert trainer.shortened_prompts == 2  # in the training and in the evaluation data
     assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"][0])) <= 120
     text = trainer.processing_class.decode(row["prompt_ids"])
     assert text.startswith("### Input:") and text.endswith('"Title 29"\n### Response:\n') and '"Title 0"' not in text
