@@ -41,6 +41,8 @@ from cebs.training import TRAINING_OUTPUTS, TRAINING_SCRATCH, load_trainable, st
 from utils import (
     ScriptParser,
     base_fingerprint,
+    check_adapter,
+    check_counts,
     load_tokenizer,
     require_done,
     run_folder,
@@ -83,6 +85,9 @@ class ScriptArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
 
+    def __post_init__(self):
+        check_counts(self)
+
 
 def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_args: ModelConfig) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
@@ -90,6 +95,8 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     valid_records = read_preferences(script_args.valid_data)[: script_args.max_eval_samples]
     require_done(script_args.train_data, "dataset_generate.py", "dataset_generate_cluster_batch.py")
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
+    if script_args.adapter:
+        check_adapter(script_args.adapter, model_dir)
 
     with run_folder(
         training_args.output_dir,

@@ -103,6 +103,11 @@ class ScriptArguments(RunArguments):
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature: {self.temperature} must be above 0")
+
 
 def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
@@ -240,7 +245,7 @@ def sample_candidates(
         seeds=[record_seed(script_args.seed, split, start + index) for index in range(len(batch))],
         num_branches=script_args.num_candidates,
         max_branches=script_args.max_candidates,
-        top_k=script_args.top_k,
+        top_k=min(script_args.top_k, decoder.model.config.vocab_size),
         temperature=script_args.temperature,
         max_new_tokens=script_args.max_new_tokens,
         stop_token_ids=decoder.stop_token_ids,
@@ -285,6 +290,8 @@ def read_candidates(
             same_data = stored["data_sha256"][split] == data_sums[split]
         except (KeyError, TypeError) as error:
             raise InputError(f"{path}: is not a candidates.json of this script ({split}: {error!r})") from error
+        if not all(isinstance(title, str) for proposed in titles[split] for title in proposed):
+            raise InputError(f"{path}: a title of {split} is not text; give a candidates.json of this script")
         if not same_data or len(titles[split]) < len(records[split]):
             raise InputError(f"{path}: was made from another {split}_sample.json; give the data folder it belongs to")
         titles[split] = titles[split][: len(records[split])]
@@ -312,7 +319,7 @@ def print_summary(counts: dict[str, Any]) -> None:
     for split in SPLITS:
         figures = counts[split]
         rounds = ", ".join(f"{number}: {records}" for number, records in figures["rounds"].items())
-        share = figures["candidates_in_catalogue"] / figures["candidates"]
+        share = figures["candidates_in_catalogue"] / max(figures["candidates"], 1)
         print(f"{split}: {figures['with_match']} of {figures['records']} records have a candidate inside the cluster")
         print(f"  rounds of sampling needed (rounds: records)  {rounds}")
         print(f"  candidates in the catalogue                  {share:.1%} of {figures['candidates']}")

@@ -43,7 +43,16 @@ from cebs.training import (
     tokenize_records,
     train_and_save,
 )
-from utils import ScriptParser, base_fingerprint, load_tokenizer, read_records, run_folder, run_script
+from utils import (
+    ScriptParser,
+    base_fingerprint,
+    check_adapter,
+    check_counts,
+    load_tokenizer,
+    read_records,
+    run_folder,
+    run_script,
+)
 
 
 @dataclass(kw_only=True)
@@ -69,6 +78,9 @@ class ScriptArguments:
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
 
+    def __post_init__(self):
+        check_counts(self)
+
 
 @dataclass
 class SFTArguments(HardwareDefaults, SFTConfig):
@@ -82,6 +94,8 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
     train_records = read_records(train_file)[: script_args.max_train_samples]
     valid_records = read_records(valid_file)[: script_args.max_eval_samples]
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
+    if script_args.adapter:
+        check_adapter(script_args.adapter, model_dir)
 
     with run_folder(
         training_args.output_dir,

@@ -71,17 +71,21 @@ class ScriptParser(TrlParser):
 
         super().__init__(dataclass_types, description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         self.chain = frozenset(chain)
-        self.set_defaults_with_config(**self._read_config(PROJECT / defaults))
+        self.defaults = PROJECT / defaults
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, **kwargs) -> tuple:
         """Parses the command line; `--config FILE` replaces defaults, flags on the command line win."""
-        args = list(sys.argv[1:] if args is None else args)
+        self.set_defaults_with_config(**self._read_config(self.defaults))
+        # --flag=value is --flag value
+        args = [word for arg in (sys.argv[1:] if args is None else args) for word in _flag_and_value(arg)]
         if "--config" in args:
             at = args.index("--config")
             if at + 1 == len(args):
                 raise InputError("--config: expected the path of a YAML file")
             config = self._read_config(Path(args[at + 1]))
             args = [*self._as_flags(config), *args[:at], *args[at + 2 :]]
+            if "--config" in args:
+                raise InputError("--config: give one YAML file")
         _, unknown = self.parse_known_args(args)
         if unknown:
             raise InputError(f"unknown flag {unknown[0]}{self._suggestion(unknown[0].lstrip('-'))}")
@@ -127,6 +131,10 @@ class ScriptParser(TrlParser):
         return flags
 
 
+def _flag_and_value(arg: str) -> list[str]:
+    return arg.split("=", maxsplit=1) if arg.startswith("--") else [arg]
+
+
 def run_script(main: Callable[..., None], parser: ScriptParser) -> None:
     """Runs a script: parses its command line, calls `main`, and turns bad input into one line and exit code 2."""
     try:
@@ -154,6 +162,20 @@ class RunArguments:
         default=False, metadata={"help": "Replace what an earlier run of this script left in the folder."}
     )
     seed: int = field(metadata={"help": "Seed of all random choices; the same seed gives the same bytes."})
+
+    def __post_init__(self):
+        check_counts(self)
+
+
+def check_counts(arguments: Any) -> None:
+    """Checks that every whole number among the arguments, but for the seed, is 1 or more.
+
+    Raises:
+        `ValueError`: naming the flag; the parser makes an `InputError` of it.
+    """
+    for name, value in vars(arguments).items():
+        if type(value) is int and value < 1 and name != "seed":
+            raise ValueError(f"--{name}: {value} is too small; give 1 or more")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -302,6 +324,8 @@ def run_folder(
         `InputError`: if the folder holds results of another run, or another process is writing in it.
     """
     folder, script = Path(output_dir), Path(script).name
+    if arguments["seed"] < 0:
+        raise InputError(f"--seed: {arguments['seed']} is below 0; give 0 or more")
     if not is_main_process():  # the first process keeps the books for all
         yield Run(folder)
         return
@@ -315,10 +339,11 @@ def run_folder(
     previous = earlier.get(script)
     old_outputs = _found(folder, [*outputs, *scratch])
     same = previous is not None and _identity(previous) == _identity(described)
-    whole = same and previous["state"] == "done" and all((folder / name).exists() for name in previous["outputs"])
-    if not overwrite and not same and (previous or old_outputs):
+    finished = previous is not None and previous["state"] == "done"
+    if not overwrite and not same and (finished or old_outputs):  # one that ended with nothing is in nobody's way
         what = _difference(previous, described) if previous else f"{old_outputs[0].name} is there already"
         raise InputError(f"{folder}: holds another run of {script} ({what}); use --overwrite or another --output_dir")
+    whole = same and finished and all((folder / name).exists() for name in previous["outputs"])
     if whole and not overwrite:
         print(f"{script}: {folder} is done already, nothing to do (--overwrite does it again)")
         yield Run(folder, done=True, counts=previous["counts"])
@@ -386,6 +411,8 @@ def _earlier_runs(folder: Path) -> dict[str, dict]:
     if not (folder / "run.json").is_file():
         return {}
     last = read_json(folder / "run.json")
+    if not isinstance(last, dict) or not {"script", "state", "arguments", "inputs"} <= last.keys():
+        raise InputError(f"{folder / 'run.json'}: was not written by these scripts; use another folder")
     return {**last.pop("earlier_runs", {}), last["script"]: last}
 
 
@@ -516,7 +543,10 @@ def load_tokenizer(model_dir: str | Path) -> "PreTrainedTokenizerBase":
     """Loads the tokenizer of a base model; a model without a padding token pads with its end-of-sequence token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{model_dir}: its tokenizer cannot be loaded: {_first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -537,13 +567,14 @@ def load_model(
         `InputError`: if the folder holds no model, or the adapter was made for another base model.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     if adapter:
         check_adapter(adapter, model_dir)
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, use_safetensors=True, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise InputError(f"{model_dir}: cannot be loaded as a language model: {_first_line(error)}") from error
     if adapter:
         try:
@@ -605,11 +636,19 @@ def check_adapter(adapter: str | Path, model_dir: str | Path) -> None:
     Raises:
         `InputError`: naming what is missing, or the base model that the adapter was made for.
     """
+    from safetensors import SafetensorError, safe_open
+
     folder = Path(adapter)
     for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}; give the final_model folder of a finished training run")
     require_done(folder, "sft_smol.py", "DPO_from_dpoData.py")
+    read_json(folder / "adapter_config.json")
+    try:
+        with safe_open(folder / ADAPTER_WEIGHTS, "numpy"):  # reads the header, which knows the file's size
+            pass
+    except SafetensorError as error:
+        raise InputError(f"{folder / ADAPTER_WEIGHTS}: is damaged or cut short ({error}); copy it again") from error
     if (folder / "base_model.json").is_file():
         base = read_json(folder / "base_model.json")
         if base["fingerprint"] != base_fingerprint(model_dir):

@@ -52,6 +52,8 @@ def load_catalogue(data_dir: str | Path) -> Catalogue:
         title = id2name.get(str(index))
         if title is None:
             raise InputError(f"{data_dir / 'id2name.json'}: id {index} is missing; ids must run from 0 without gaps")
+        if not isinstance(title, str):
+            raise InputError(f"{data_dir / 'id2name.json'}: id {index}: expected a title, not {title!r}")
         if title not in name2genre:
             raise InputError(f"{data_dir / 'name2genre.json'}: {title!r} (id {index}) has no entry; give it a list")
         if name2id.get(title) != index:

@@ -28,9 +28,9 @@ class Journal:
     def __init__(self, path: Path, resumed: bool):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if resumed and path.is_file() else [""]
+        lines = path.read_bytes().split(b"\n") if resumed and path.is_file() else [b""]
         self.batches: list[list[Any]] = [json.loads(line) for line in lines[:-1]]  # the last line may be cut short
-        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
 
     def append(self, batch: list[Any]) -> None:
         """Adds a finished batch; it is on the disk when this returns."""

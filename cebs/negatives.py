@@ -8,7 +8,7 @@ import numpy as np
 
 from cebs.catalogue import Catalogue, exposure_counts, interest_cluster
 from cebs.prompts import NO_PREDICTION, Record
-from utils import record_seed
+from utils import InputError, record_seed
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,19 @@ class NegativeSelector:
         )
 
     def random(self, titles: list[str], record: Record, split: str, index: int) -> str:
-        """Returns one of the titles at random, but never the record's own target nor a title of its history."""
-        taken = {record.target, *record.history}
-        return str(self._generator("random", split, index).choice([title for title in titles if title not in taken]))
+        """Returns one of the titles at random, but never the record's own target nor a title of its history.
+
+        Raises:
+            `InputError`: if nothing is left.
+        """
+        taken = {record.target, *record.history, ""}
+        free = [title for title in titles if title not in taken]
+        if not free:
+            raise InputError(
+                f"{split}_sample.json: record {index}: no title is left to be its negative: all {len(titles)} to "
+                "choose from are its target or in its history; use more records"
+            )
+        return free[self._generator("random", split, index).integers(len(free))]
 
     def _choose(
         self,

@@ -9,8 +9,11 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from utils import InputError
+
 QUOTED = re.compile(r'"([^"]*)"')
 OLDEST_TITLE = re.compile(r'"[^"]*"(?:\s*,\s*)?')
+INPUT_MARKER = "### Input:\n"
 NO_PREDICTION = "NAN"  # what SPRec and BIGRec ground when the model wrote nothing
 
 
@@ -39,7 +42,7 @@ class Record:
 
 def build_prompt(instruction: str, input: str) -> str:
     """Returns the prompt of every stage; the Input block is left out where the input is blank."""
-    input_block = f"### Input:\n{input}\n" if input.strip() else ""
+    input_block = f"{INPUT_MARKER}{input}\n" if input.strip() else ""
     return f"### Instruction:\n{instruction}\n{input_block}### Response:\n"
 
 
@@ -77,15 +80,18 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: i
         `tuple[list[int], int]`: the token ids, at most `max_tokens` of them, and how many titles were left out.
 
     Raises:
-        `ValueError`: if the prompt does not fit even without any title.
+        `InputError`: if the prompt does not fit even without any title.
     """
     dropped = 0
     ids = tokenizer(prompt).input_ids
     while len(ids) > max_tokens:
-        shorter = OLDEST_TITLE.sub("", prompt, count=1)
-        if shorter == prompt:
-            raise ValueError(f"the prompt has {len(ids)} tokens without any title, more than the {max_tokens} allowed")
-        prompt, dropped = shorter, dropped + 1
+        oldest = OLDEST_TITLE.search(prompt, max(prompt.find(INPUT_MARKER), 0))  # quotes before it are no titles
+        if oldest is None:
+            raise InputError(
+                f"a prompt has {len(ids)} tokens without any title, {max(max_tokens, 0)} fit; "
+                f"give a greater --max_length: {prompt!r}"
+            )
+        prompt, dropped = prompt[: oldest.start()] + prompt[oldest.end() :], dropped + 1
         ids = tokenizer(prompt).input_ids
     return ids, dropped
 

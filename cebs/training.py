@@ -1,5 +1,6 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
+import shutil
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 
 from cebs.prompts import encode_completion, encode_prompt
-from utils import InputError, Run, has_fast_bf16, is_main_process, load_model, save_adapter
+from utils import InputError, Run, has_fast_bf16, is_main_process, load_model, read_json, save_adapter
 
 # TRL 1.16 itself asks transformers 5.23 for the old name
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -143,8 +144,20 @@ def load_trainable(model_dir: Path, model_args: ModelConfig, adapter: str) -> to
     )
 
 
+def remove_cut_short(folder: Path) -> None:
+    """Removes the checkpoints that a kill cut short; the trainer writes `trainer_state.json` last."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except InputError:
+            shutil.rmtree(checkpoint)
+
+
 def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
     """Trains, from the last checkpoint where the run was interrupted, and writes `final_model/`."""
+    if is_main_process():
+        remove_cut_short(run.path)
+    trainer.accelerator.wait_for_everyone()
     checkpoint = get_last_checkpoint(run.path)
     if checkpoint:
         print(f"going on from {checkpoint}")

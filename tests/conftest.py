@@ -1,0 +1,172 @@
+"""Shared fixtures: a tiny random model, a small data folder, and the scripts as a user starts them.
+
+A script is run in two ways: `run_script` starts the real command line in a process of its own, which costs some eight
+seconds of imports; `run_main` parses the same words and calls the script's `main` in this process.
+"""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
+
+from utils import PROJECT, read_json, write_json  # noqa: E402
+
+CLASSICS = PROJECT / "sampled_data" / "classics"
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = {"train": 12, "valid": 6, "test": 8}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The tiny models are so small that threads only wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make_tokenizer():
+    """A byte-level BPE tokenizer of some 600 tokens, trained on the texts of the classics."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    records = [record for split in SIZES for record in read_json(CLASSICS / f"{split}_sample.json")]
+    texts = [record[key] for record in records for key in ("instruction", "input", "output")]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """A tiny Llama with random weights and its tokenizer, as a folder that `from_pretrained` takes."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        bos_token_id=tokenizer.convert_tokens_to_ids("<|im_start|>"),
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,  # far from uniform, so that another prompt gives another answer
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models") / "tiny", seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same shape as `tiny_model`, with other weights: an adapter of the one would load on the other."""
+    return make_model(tmp_path_factory.mktemp("models") / "other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model: Path):
+    from utils import load_tokenizer
+
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first records of the classics, with the whole catalogue. Read only: copy it to change it."""
+    folder = tmp_path_factory.mktemp("data") / "classics"
+    folder.mkdir()
+    for split, size in SIZES.items():
+        write_json(folder / f"{split}_sample.json", read_json(CLASSICS / f"{split}_sample.json")[:size])
+    for name in ("name2genre.json", "name2id.json", "id2name.json", "genre_dict.json"):
+        shutil.copy(CLASSICS / name, folder)
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished process left."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def start_script(name: str, *args: Any, cwd: Path) -> subprocess.Popen:
+    """Starts a script's real command line, `python /.../name args`, offline and on one thread."""
+    return subprocess.Popen(
+        [sys.executable, str(PROJECT / name), *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def run_script(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Result]:
+    """`run_script("sft_smol.py", "--data_dir", folder)`: the real command line, in an empty working directory."""
+
+    def run(name: str, *args: Any, cwd: Path | None = None) -> Result:
+        process = start_script(name, *args, cwd=cwd or tmp_path_factory.mktemp("cwd"))
+        stdout, stderr = process.communicate(timeout=180)
+        return Result(process.returncode, stdout, stderr)
+
+    return run
+
+
+def run_main(name: str, *args: Any) -> None:
+    """Runs a script in this process, from its command line on: `run_main("sft_smol", "--data_dir", folder)`."""
+    module = importlib.import_module(name)
+    module.main(*module.make_parser().parse_args_and_config([str(arg) for arg in args]))
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """Every file and folder below a folder with the SHA-256 sum of its contents: equal listings, nothing changed."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def edit_json(path: Path, change: Callable[[Any], Any]) -> None:
+    """Rewrites a JSON file; `change` returns the new value, or alters the old one and returns `None`."""
+    value = read_json(path)
+    changed = change(value)
+    path.write_text(json.dumps(value if changed is None else changed), encoding="utf-8")

@@ -1,0 +1,367 @@
+"""evaluate.py as a user runs it: the published figures, a tiny encoder, and what is refused."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+from cebs import grounding
+from cebs.grounding import ground
+from evaluate import ScriptArguments, default_method, encoder_name, find_predictions, main, make_parser
+from utils import PROJECT, InputError, read_json, run_script, write_json
+
+SHARED = PROJECT.parent / "shared"
+CATALOGUE = {
+    "Emma": ["romance"],
+    "Dune": ["fantasy", "science"],
+    "It": ["horror"],
+    "The Hobbit": ["fantasy"],
+    "Dracula": ["horror", "romance"],
+    "Ivanhoe": [],
+}
+TITLES = list(CATALOGUE)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A tiny sentence encoder with random weights that reads letters."""
+    import torch
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoders")
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    BertTokenizerFast(vocab={word: place for place, word in enumerate(vocabulary)}).save_pretrained(folder / "bert")
+    modules = [Transformer(str(folder / "bert")), Pooling(16)]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "tiny-encoder"))
+    return folder / "tiny-encoder"
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "Books"
+    write_json(folder / "name2genre.json", CATALOGUE)
+    write_json(folder / "name2id.json", {title: place for place, title in enumerate(TITLES)})
+    write_json(folder / "id2name.json", {str(place): title for place, title in enumerate(TITLES)})
+    write_json(folder / "genre_dict.json", {"romance": 0, "fantasy": 0, "horror": 0})
+    return folder
+
+
+def record(prediction='"Emma"\n', ground_truth="Dune", prompt='Books: "It", "Emma"', **more):
+    return {"prompt": prompt, "prediction": prediction, "ground_truth": ground_truth, **more}
+
+
+def arguments(tmp_path, predictions, encoder="no-encoder-needed", **more):
+    settings = {
+        "predictions": str(predictions),
+        "data_dir": str(tmp_path / "Books"),
+        "encoder": str(encoder),
+        "topk": [2, 3],
+        "results_csv": str(tmp_path / "out" / "results.csv"),
+        "metrics_json": str(tmp_path / "out" / "metrics.json"),
+        "cache_dir": str(tmp_path / "cache"),
+        "seed": 42,
+    }
+    return ScriptArguments(**(settings | more))
+
+
+def rows(tmp_path):
+    with (tmp_path / "out" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The published figures
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def kept_embeddings(tmp_path_factory):
+    return tmp_path_factory.mktemp("embeddings")
+
+
+@pytest.mark.skipif(not (SHARED / "evaluation").is_dir(), reason="the published predictions (../shared) are not here")
+@pytest.mark.parametrize("name", ["sft_tuned", "dpo_random_negative"])
+def test_published_predictions_give_the_published_figures(name, tmp_path, kept_embeddings):
+    main(
+        arguments(
+            tmp_path,
+            SHARED / "evaluation" / f"{name}_predictions.json",
+            SHARED / "encoders" / "paraphrase-MiniLM-L3-v2",
+            data_dir=str(SHARED / "goodreads"),
+            dataset="Goodreads",
+            topk=[5, 10],
+            cache_dir=str(kept_embeddings),
+        )
+    )
+    expected = read_json(SHARED / "evaluation" / "expected.json")[name]
+    metrics = read_json(tmp_path / "out" / "metrics.json")
+    (row,) = rows(tmp_path)
+    assert (row["Dataset"], row["Model"]) == ("Goodreads", f"{name}_predictions")
+    for at_k, figures in expected.items():
+        assert metrics[at_k].keys() == figures.keys()
+        for metric, figure in figures.items():
+            assert round(metrics[at_k][metric], 4) == round(figure, 4), (metric, at_k)
+            column = {"NotInRatio": "NotInRatio", "users": "Users"}.get(metric, metric + at_k)
+            assert float(row[column]) == metrics[at_k][metric]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_line(tmp_path, data_dir, encoder):
+    folder = tmp_path / "runs" / "my method" / "predictions"
+    records = [record(), record("no quotes\nat all", "Nowhere"), record("", prompt="nothing read"), record('"Emma"')]
+    write_json(folder / "raw_results_4.json", records)
+    command = [sys.executable, str(PROJECT / "evaluate.py"), "--predictions", "runs/my method/predictions"]
+    command += ["--data_dir", "Books", "--encoder", str(encoder), "--topk", "3", "50", "--cache_dir", "cache"]
+    command += ["--metrics_json", "m.json", "--seed", "7"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""  # no load reports, no warnings
+    assert "NDCG↑" in result.stdout and "DGU↓" in result.stdout
+    with (tmp_path / "output" / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["Dataset"], row["Model"], row["Encoder"]) == ("Books", "my method", "tiny-encoder")
+    assert (row["Users"], row["NotInRatio"], row["Protocol"]) == ("4", "0.5", "grounded")
+    assert row["HR@50"] == "0.75"  # k beyond the catalogue: everything but the target that is not in it
+    assert row["DivRatio@50"] == repr(6 / (3 * 50))
+    metrics = read_json(tmp_path / "m.json")
+    assert metrics["@3"]["users"] == 4 and metrics["targets_in_catalogue"] == 3
+    assert metrics["arguments"]["seed"] == 7 and len(metrics["predictions"]["sha256"]) == 64
+
+
+def test_bad_input_on_the_command_line(tmp_path):
+    command = [sys.executable, str(PROJECT / "evaluate.py"), "--predictions", "none.json"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.startswith("evaluate.py: error: none.json: no such file") and result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_are_the_end_of_the_chain():
+    (script_args,) = make_parser().parse_args_and_config([])
+    assert script_args.predictions == "output/cluster_exposure/two_negatives/predictions"
+    assert (script_args.data_dir, script_args.encoder) == ("sampled_data/ml-100k", "all-MiniLM-L6-v2")
+    assert (script_args.topk, script_args.results_csv) == ([5, 10], "output/results.csv")
+
+
+def test_default_names(tmp_path):
+    assert (
+        default_method(Path("output/cluster_exposure/two_negatives/predictions/raw_results_9.json")) == "two_negatives"
+    )
+    assert default_method(Path("elsewhere/sft.json")) == "sft"
+    assert encoder_name("sentence-transformers/all-MiniLM-L6-v2") == "all-MiniLM-L6-v2"
+    assert encoder_name(f"{tmp_path}/") == tmp_path.name
+
+
+def test_a_folder_stands_for_its_one_file(tmp_path):
+    with pytest.raises(InputError, match="no raw_results"):
+        find_predictions(str(tmp_path))
+    (tmp_path / "raw_results_5.json").write_text("[]")
+    assert find_predictions(str(tmp_path)) == tmp_path / "raw_results_5.json"
+    (tmp_path / "raw_results_6.json").write_text("[]")
+    with pytest.raises(InputError, match="raw_results_5.json, raw_results_6.json"):
+        find_predictions(str(tmp_path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rankings and grounding
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_ranking_is_taken_as_it_stands_and_needs_no_encoder(tmp_path, data_dir):
+    records = [
+        record(ranking=["It", "Dune", "Emma"]),
+        record('"Nowhere"', "Emma", ranking=["Dune", "Emma", "Ivanhoe", "It"]),
+        record(ground_truth='"Dracula"\n', ranking=TITLES),
+        record(ground_truth="Not a title", ranking=TITLES),
+    ]
+    write_json(tmp_path / "popularity.json", records)
+    main(arguments(tmp_path, tmp_path / "popularity.json"))
+    (row,) = rows(tmp_path)
+    assert (row["Model"], row["Encoder"], row["Protocol"]) == ("popularity", "", "ranked")
+    assert (row["HR@2"], row["HR@3"], row["NotInRatio"], row["Users"]) == ("0.5", "0.5", "0.25", "4")
+    assert float(row["NDCG@3"]) == pytest.approx(2 * np.log(2) / np.log(3) / 4)
+    assert row["Diversity@3"] == "4" and row["DivRatio@3"] == repr(4 / 9)
+    # of It, Dune, Emma; Dune, Emma, Ivanhoe; Emma, Dune, It against It and Emma four times each:
+    # P = romance 3, fantasy 3, horror 2 of 8; H = romance and horror a half each
+    assert float(row["DGU@3"]) == pytest.approx(3 / 8 + 2 / 8)
+
+
+def test_grounded_and_ranked_records_in_one_file(tmp_path, data_dir, encoder):
+    records = [record('"It"', "It"), record(ground_truth="Dune", ranking=["Dune", "Emma", "It"])]
+    write_json(tmp_path / "both.json", records)
+    main(arguments(tmp_path, tmp_path / "both.json", encoder))
+    (row,) = rows(tmp_path)
+    assert (row["NDCG@2"], row["Protocol"], row["Encoder"]) == ("1.0", "mixed", "tiny-encoder")
+
+
+def test_no_target_in_the_catalogue_and_no_history(tmp_path, data_dir, capsys):
+    write_json(tmp_path / "p.json", [record(ground_truth="Nowhere", prompt="-", ranking=TITLES)])
+    main(arguments(tmp_path, tmp_path / "p.json"))
+    (row,) = rows(tmp_path)
+    assert (row["HR@2"], row["Diversity@2"]) == ("0.0", "0")
+    assert row["DivRatio@2"] == row["DGU@2"] == row["MGU@2"] == row["ORRatio@2"] == ""
+    assert read_json(tmp_path / "out" / "metrics.json")["@2"]["DGU"] is None
+    assert "no target" in capsys.readouterr().out
+
+
+def test_grounding_equals_plain_distances(tmp_path, encoder):
+    from sentence_transformers import SentenceTransformer
+
+    predictions = ["Emma", "emma woodhouse", "Dune 2", "NAN", "Emma", "emma woodhouse"]
+    nearest = ground(predictions, TITLES, encoder, 4, tmp_path)
+    model = SentenceTransformer(str(encoder))
+    distances = np.linalg.norm(model.encode(predictions)[:, None] - model.encode(TITLES)[None], axis=-1)
+    assert nearest.tolist() == distances.argsort(axis=1, kind="stable")[:, :4].tolist()
+    assert nearest[0, 0] == TITLES.index("Emma")
+
+
+def test_the_catalogue_is_encoded_once_for_each_encoder_and_catalogue(tmp_path, encoder, monkeypatch):
+    encoded = []
+
+    def counting(encoder, texts, description, encode_texts=grounding.encode_texts):
+        encoded.append(list(texts))
+        return encode_texts(encoder, texts, description)
+
+    monkeypatch.setattr(grounding, "encode_texts", counting)
+    first = ground(["hobbit"], TITLES, encoder, 3, tmp_path / "cache")
+    assert encoded == [TITLES, ["hobbit"]]
+    encoded.clear()
+    assert ground(["hobbit"], TITLES, encoder, 3, tmp_path / "cache").tolist() == first.tolist()
+    assert encoded == [["hobbit"]]  # the catalogue comes from the cache
+
+    (file,) = (tmp_path / "cache").iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-20], whole[:-8] + b"\x00" * 8, b"\xff" * len(whole)):
+        file.write_bytes(damaged)
+        encoded.clear()
+        assert ground(["hobbit"], TITLES, encoder, 3, tmp_path / "cache").tolist() == first.tolist()
+        assert encoded == [TITLES, ["hobbit"]]
+        assert file.read_bytes() == whole
+
+    encoded.clear()
+    ground(["Emma"], TITLES[::-1], encoder, 3, tmp_path / "cache")
+    other = shutil.copytree(encoder, tmp_path / "other")
+    (other / "config.json").write_text((other / "config.json").read_text() + " ")
+    ground(["Emma"], TITLES, other, 3, tmp_path / "cache")
+    assert encoded == [TITLES[::-1], TITLES]  # another order, another encoder
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_weights_that_are_not_needed_are_not_reported(tmp_path, encoder, caplog):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(encoder, tmp_path / "extra")
+    weights = load_file(folder / "model.safetensors")
+    some = next(iter(weights))
+    save_file(weights | {"another.part": weights[some].clone()}, folder / "model.safetensors", {"format": "pt"})
+    grounding.load_encoder(folder)
+    assert "UNEXPECTED" not in caplog.text
+    weights.pop("embeddings.word_embeddings.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    grounding.load_encoder(folder)
+    assert "MISSING" in caplog.text  # these embeddings would be random: say so
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is refused
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ranked(*titles):
+    return json.dumps([record(ranking=TITLES), record(ranking=list(titles))])
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        (None, "p.json: no such file"),
+        ("[", "p.json: invalid JSON at line 1"),
+        ("{}", "p.json: expected a JSON list"),
+        ("[]", "p.json: the list is empty"),
+        ('[{"prompt": "", "prediction": ""}]', "p.json: record 0: 'ground_truth' is missing"),
+        (json.dumps([record(), record(None)]), "p.json: record 1: 'prediction' must be text, not NoneType"),
+        (json.dumps([record(prompt=["a"])]), "p.json: record 0: 'prompt' must be text"),
+        (json.dumps([record('"\ud800"')]), "p.json: record 0: 'prediction' holds half a character"),
+        (ranked("Emma", "Nowhere", "It"), "p.json: record 1: 'Nowhere' of its ranking is not in the catalogue"),
+        (ranked("Emma", "It"), "p.json: record 1: its ranking has 2 titles, fewer than --topk 3"),
+        (ranked("Emma", "It", "Emma"), "p.json: record 1: its ranking has 'Emma' more than once"),
+        (ranked("Emma", 3), "p.json: record 1: 'ranking' must be a list of titles"),
+        (json.dumps([record(ranking="Emma")]), "p.json: record 0: 'ranking' must be a list of titles"),
+    ],
+)
+def test_bad_predictions(tmp_path, data_dir, predictions, message):
+    if predictions is not None:
+        (tmp_path / "p.json").write_text(predictions)
+    with pytest.raises(InputError) as raised:
+        main(arguments(tmp_path, tmp_path / "p.json"))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"topk": [0, 5]}, "--topk: 0 is not a number of titles"),
+        ({"data_dir": "nowhere"}, "name2genre.json: no such file"),
+        ({"encoder": "."}, "no *.safetensors file"),
+        ({"results_csv": "."}, "cannot be read"),
+        ({"metrics_json": "."}, "is a folder"),
+    ],
+)
+def test_bad_arguments(tmp_path, data_dir, monkeypatch, changed, message):
+    write_json(tmp_path / "p.json", [record()])
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(InputError) as raised:
+        main(arguments(tmp_path, tmp_path / "p.json", **changed))
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_empty_catalogue(tmp_path, data_dir):
+    write_json(tmp_path / "p.json", [record()])
+    for name in ("name2genre", "name2id", "id2name"):
+        write_json(data_dir / f"{name}.json", {})
+    with pytest.raises(InputError, match="name2genre.json: expected a JSON object that is not empty"):
+        main(arguments(tmp_path, tmp_path / "p.json"))
+
+
+def test_an_encoder_that_is_none(tmp_path, data_dir, encoder):
+    broken = shutil.copytree(encoder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    write_json(tmp_path / "p.json", [record()])
+    with pytest.raises(InputError, match="broken: cannot be loaded as a sentence encoder: "):
+        main(arguments(tmp_path, tmp_path / "p.json", broken))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_unknown_flag_is_an_error(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--top_k", "5"])
+    with pytest.raises(SystemExit) as raised:
+        run_script(evaluate.main, make_parser())
+    assert raised.value.code == 2 and "did you mean topk" in capsys.readouterr().err
