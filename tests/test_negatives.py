@@ -1,0 +1,173 @@
+"""Rules 2 to 7: what a candidate is, which may be a negative, and which is chosen. Brute force beside the code."""
+
+from collections import Counter
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cebs.catalogue import Catalogue, interest_cluster
+from cebs.negatives import NegativeSelector, fallback_counts
+from cebs.preferences import preference_record, read_preferences
+from cebs.prompts import Record, quote
+from utils import InputError, record_seed, write_json
+
+TITLES = [f"T{number}" for number in range(9)]
+UNKNOWN = ["U0", "U1", "U2"]
+CATALOGUE = Catalogue(
+    TITLES,
+    {title: ["aceg"[number % 4], "bdf"[number % 3]][: number % 3] for number, title in enumerate(TITLES)},
+    list("abcdefg"),
+)
+known = st.sampled_from(TITLES)
+rows = st.tuples(st.lists(known, max_size=3), known)
+proposals = st.lists(st.sampled_from([*TITLES, *UNKNOWN, "NAN", ""]), max_size=12)
+settings_of = st.sampled_from(["keep", "drop"])
+
+
+def make_record(history, target):
+    return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
+
+
+def selector_of(train, unknown_titles="keep", seed=0):
+    return NegativeSelector(CATALOGUE, [make_record(*row) for row in train], unknown_titles, seed)
+
+
+def exposure(title, train):
+    return sum(history.count(title) + (target == title) for history, target in train)
+
+
+@given(rows, st.lists(rows, max_size=6), proposals)
+def test_candidates_are_described_in_the_order_sampled(row, train, proposed):
+    record, selector = make_record(*row), selector_of(train)
+    cluster = interest_cluster(record.history, CATALOGUE)
+    described = selector.describe(proposed, record)
+    assert [candidate.title for candidate in described] == proposed
+    for candidate in described:
+        genres = CATALOGUE.genres.get(candidate.title, [])
+        assert candidate.in_catalogue == (candidate.title in TITLES)
+        assert candidate.genres == genres
+        assert candidate.exposure == (exposure(candidate.title, train) if candidate.title in TITLES else 0)
+        assert candidate.in_cluster == any(genre in cluster for genre in genres)
+
+
+@settings(max_examples=300)
+@given(rows, st.lists(rows, max_size=6), proposals, settings_of, st.integers(0, 5))
+def test_negatives_against_brute_force(row, train, proposed, unknown_titles, index):
+    history, target = row
+    record, selector = make_record(*row), selector_of(train, unknown_titles)
+    candidates = selector.describe(proposed, record)
+    cluster = set(interest_cluster(history, CATALOGUE))
+
+    def inside(title):
+        return any(genre in cluster for genre in CATALOGUE.genres.get(title, []))
+
+    may = [
+        title
+        for title in proposed
+        if title != target
+        and title not in history  # rule 6
+        and title not in ("", "NAN")
+        and (title in TITLES or unknown_titles == "keep")  # rule 7
+    ]
+    matches = [title for title in may if inside(title)]
+    others = [title for title in may if not inside(title)]
+    assert selector.has_match(candidates, record) == bool(matches)
+    assert [candidate.title for candidate in selector.eligible(candidates, record)] == may
+
+    hard = selector.hard(candidates, record, "train", index)
+    long_tail = selector.long_tail(candidates, record, "train", index)
+    if matches:
+        assert (hard.title, hard.fallback) == (matches[0], "")  # rule 3
+    if others:
+        counts = [exposure(title, train) if title in TITLES else 0 for title in others]
+        assert (long_tail.title, long_tail.fallback) == (others[counts.index(min(counts))], "")  # rule 5
+    for found, chosen in ((matches, hard), (others, long_tail)):
+        if not found and may:
+            assert chosen.fallback == "candidate" and chosen.title in may
+        if not may:
+            assert chosen.fallback == "catalogue" and chosen.title in set(TITLES) - {target, *history}
+        assert chosen.title not in {target, *history, "", "NAN"}
+        assert chosen.in_catalogue == (chosen.title in TITLES)
+        assert chosen.in_catalogue or unknown_titles == "keep"
+    # the same seed, the same choice, whatever was chosen in between
+    again = selector_of(train, unknown_titles)
+    assert again.long_tail(candidates, record, "train", index) == long_tail
+    assert again.hard(candidates, record, "train", index) == hard
+
+
+def test_fall_backs_are_random_over_all_candidates():
+    record, selector = make_record(["T1"], "T2"), selector_of([])
+    candidates = selector.describe(["U0", "U1", "U2"], record)
+    counts = Counter(selector.hard(candidates, record, "train", index).title for index in range(600))
+    assert counts.keys() == {"U0", "U1", "U2"} and min(counts.values()) > 150
+    of_seeds = {selector_of([], seed=seed).hard(candidates, record, "train", 0).title for seed in range(20)}
+    assert of_seeds == {"U0", "U1", "U2"}
+
+
+def test_the_two_kinds_of_fall_back_are_drawn_apart():
+    record, selector = make_record([], "T2"), selector_of([])
+    inside_none = selector.describe(["U0", "U1"], record)
+    none = selector.describe([], record)
+    assert all(selector.hard(none, record, "train", index).fallback == "catalogue" for index in range(5))
+    picks = [selector.hard(inside_none, record, split, index).title for split in "ab" for index in range(8)]
+    assert len(set(picks)) == 2
+
+
+@given(rows, st.lists(known, min_size=1, max_size=6), st.integers(0, 9))
+def test_random_negatives_are_never_target_or_history(row, titles, index):
+    history, target = row
+    record, selector = make_record(*row), selector_of([])
+    free = set(titles) - {target, *history}
+    if free:
+        assert selector.random([*titles, ""], record, "train", index) in free
+    else:
+        with pytest.raises(InputError, match=f"train_sample.json: record {index}: no title is left"):
+            selector.random(titles, record, "train", index)
+
+
+def test_fall_backs_are_counted():
+    record, selector = make_record(["T1"], "T2"), selector_of([])
+    lists = [["T4"], ["U0"], [], ["T2"]]
+    chosen = [
+        selector.hard(selector.describe(titles, record), record, "train", index) for index, titles in enumerate(lists)
+    ]
+    assert CATALOGUE.genres["T1"] == CATALOGUE.genres["T1"] and chosen[1].fallback == "candidate"
+    counts = fallback_counts(chosen)
+    assert counts["records"] == 4 and counts["random_catalogue_title"] == 2
+    assert counts["not_in_catalogue"] == sum(selection.title in UNKNOWN for selection in chosen)
+
+
+# --- seeds ---
+
+
+def test_record_seeds_do_not_collide_and_do_not_change():
+    seeds = [record_seed(*key) for key in product((0, 1, 42), ("train", "valid", "train/hard"), range(200))]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)  # what torch's generator takes
+    assert record_seed(42, "train", 0) == record_seed(42, "train", 0)
+    assert record_seed(42, "train", 0) == 5188842604461092180  # published runs depend on it
+
+
+# --- preference records ---
+
+
+def test_one_title_is_a_text_and_several_are_a_list():
+    record = make_record(["T1"], "T2")
+    one = preference_record(record, ["T3"])
+    assert one == {"prompt": record.prompt, "chosen": '"T2"', "rejected": '"T3"'}
+    assert preference_record(record, ["T3", "T4"])["rejected"] == ['"T3"', '"T4"']
+
+
+@given(st.lists(st.lists(st.text(min_size=1, max_size=5).map(quote), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_preference_records_come_back_as_lists(tmp_path_factory, rejected):
+    path = tmp_path_factory.getbasetemp() / "preferences.json"
+    write_json(
+        path,
+        [
+            {"prompt": "p", "chosen": '"c"', "rejected": titles[0] if len(titles) == 1 else titles}
+            for titles in rejected
+        ],
+    )
+    assert [record["rejected"] for record in read_preferences(path)] == rejected
