@@ -326,9 +326,6 @@ def run_folder(
     folder, script = Path(output_dir), Path(script).name
     if arguments["seed"] < 0:
         raise InputError(f"--seed: {arguments['seed']} is below 0; give 0 or more")
-    if not is_main_process():  # the first process keeps the books for all
-        yield Run(folder)
-        return
     described = {
         "script": script,
         "arguments": _json_ready(arguments),
@@ -347,6 +344,10 @@ def run_folder(
     if whole and not overwrite:
         print(f"{script}: {folder} is done already, nothing to do (--overwrite does it again)")
         yield Run(folder, done=True, counts=previous["counts"])
+        return
+    if not is_main_process():  # the first process keeps the books for all
+        folder.mkdir(parents=True, exist_ok=True)
+        yield Run(folder, resumed=same and not overwrite)
         return
 
     try:

@@ -185,10 +185,8 @@ class SoftmaxDPOTrainer(DPOTrainer):
         ref_logps = []
         for batch in tqdm(self.accelerator.prepare(loader), desc=f"reference log-probs, {name}", mininterval=1):
             values = self.compute_ref_log_probs(self.model, batch)  # [B, 1 + K]
-            # lists differ in length from batch to batch, and so from process to process
-            values, present = self.accelerator.pad_across_processes((values, batch["is_completion"]), dim=1)
-            values, present = self.accelerator.gather_for_metrics((values, present))
-            ref_logps += [row[mask].tolist() for row, mask in zip(values.cpu(), present.cpu(), strict=True)]
+            rows = [row[mask].tolist() for row, mask in zip(values, batch["is_completion"], strict=True)]
+            ref_logps += self.accelerator.gather_for_metrics(rows, use_gather_object=True)
         return dataset.add_column("ref_logps", ref_logps)
 
     def compute_ref_log_probs(self, model: torch.nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,9 +64,3 @@ def test_a_batch_is_on_the_disk_when_append_returns(tmp_path):
     journal.append([{"prediction": '"Les Misérables\u2028"\n'}])
     assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == journal.batches[0]
     assert (tmp_path / "j").read_text(encoding="utf-8").count("\n") == 1
-
-
-def test_work_on_another_number_of_items_is_refused_by_no_one_but_the_caller(tmp_path):
-    """`run_in_batches` trusts `run_folder`: a journal is kept only for the same input and batch size."""
-    with pytest.raises(ValueError):
-        run_in_batches([1], 0, lambda batch, start: batch, Journal(tmp_path / "j", False), "test")
