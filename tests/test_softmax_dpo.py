@@ -224,6 +224,19 @@ def test_training_on_mixed_lists_widens_the_margin(adapted, tiny_model, tmp_path
     assert losses[-1] < losses[0] and margins[-1] > margins[0]
 
 
+def test_both_layouts_have_one_loss_curve(tiny_model, tmp_path):
+    curves = []
+    for shared in (True, False):
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(load_model(tiny_model), config)
+        settings = {"max_steps": 6, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1}
+        trainer = make_trainer(model, tiny_model, tmp_path / str(shared), LISTS, shared_prompt=shared, **settings)
+        trainer.train()
+        curves.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert curves[0] == pytest.approx(curves[1], abs=2e-4) and curves[0][-1] < curves[0][0]
+
+
 def test_collators_show_what_their_docstrings_say():
     record = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9]}
     shared = SharedPromptCollator(pad_token_id=0)([record | {"rejected_ids": [[10, 9]]}])
