@@ -140,7 +140,7 @@ def report(rows: list[dict], json_file: str | None) -> None:
 @dataclass
 class Arguments(BenchmarkArguments):
     max_new_tokens: int = field(default=100, metadata={"help": "Longest branch."})
-    rows: int = field(default=32, metadata={"help": "Prompts that the engine decodes side by side."})
+    rows: int = field(default=16, metadata={"help": "Prompts that the engine decodes side by side."})
     baseline_batch_size: int = field(default=8, metadata={"help": "Prompts in one call of generate."})
     scaling: bool = field(default=False, metadata={"help": "Also how cost grows with branches and prompt length."})
 

@@ -21,7 +21,7 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_sampling import BenchmarkArguments, load, report, seconds, time_row
-from cebs.branches import BranchCache, _branching, advance, continuations, prefill
+from cebs.branches import BranchCache, advance, branching, continuations, prefill
 from cebs.catalogue import load_catalogue
 from cebs.prompts import encode_completion, quote
 from cebs.trie import TokenTrie, build_trie
@@ -89,7 +89,7 @@ def main(args: Arguments) -> None:
     positions = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[row]
     sees = torch.arange(cache.columns, device=model.device) < positions[:, None]
     ids = torch.full_like(row, completions[0][0])
-    with _branching(model):
+    with branching(model):
         prefill(model, cache, prompts, list(range(batch)))
 
         def step() -> None:

@@ -39,6 +39,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from trl.trainer.utils import selective_log_softmax
 
 from cebs.trie import TokenTrie, children
 
@@ -131,9 +132,10 @@ def branch_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
         use_cache=False,
     ).logits  # [B, S, V]
     batch, most = rows["branch_lengths"].shape
-    log_probs = -F.cross_entropy(logits.flatten(0, 1).float(), rows["labels"].flatten(), reduction="none")  # [B * S]
-    sums = log_probs.new_zeros(batch, most + 1)  # the last one takes the padding's zeros
-    return sums.scatter_add(1, rows["branch_ids"], log_probs.view(batch, -1))[:, :most]
+    # Not `cross_entropy`: its float32 sum over a large vocabulary is off by some 2e-5 per token on a CPU.
+    log_probs = selective_log_softmax(logits.float(), rows["labels"].clamp(min=0))  # [B, S]
+    sums = log_probs.new_zeros(batch, most + 1)  # the last one takes the padding
+    return sums.scatter_add(1, rows["branch_ids"], log_probs)[:, :most]
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,7 +238,7 @@ AttentionMaskInterface.register("branches", sdpa_mask)
 
 
 @contextmanager
-def _branching(model: PreTrainedModel) -> Iterator[None]:
+def branching(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode and [`branch_attention`] while decoding, and everything as it was afterwards."""
     was_training, implementation = model.training, model.config._attn_implementation
     model.eval()
@@ -337,7 +339,7 @@ def sample_until(
     temperature: float = 1.0,
     max_new_tokens: int,
     stop_token_ids: Tensor,
-    rows: int = 32,
+    rows: int = 16,
 ) -> Iterator[tuple[int, list[list[int]]]]:
     """
     Sample branches of each prompt, a round of `num_branches` at a time, until a round is accepted.
@@ -362,7 +364,8 @@ def sample_until(
     device, stop = model.device, stop_token_ids.to(model.device)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True))  # like lengths together
     active: list[_Sampled] = []  # active[r] is in buffer row r
-    cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + 4 * num_branches)
+    # Columns for titles of a usual length; longer ones widen the buffer.
+    cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + 12 * num_branches)
     noise = torch.empty(cache.rows, max_branches, max_new_tokens, device=device)
     # What may come first after each prompt is kept for its later rounds.
     first_scores = torch.empty(cache.rows, top_k, device=device)
@@ -380,7 +383,7 @@ def sample_until(
             active[r].open[n // num_branches] -= 1 - more
         return goes_on
 
-    with _branching(model):
+    with branching(model):
         while waiting or active:
             while waiting and len(active) < rows:
                 fresh = [waiting.popleft() for _ in range(min(PREFILL_ROWS, rows - len(active), len(waiting)))]
@@ -397,7 +400,7 @@ def sample_until(
             starts: list[tuple[int, int, int]] = []  # row, number, prompt length
             for r in sorted(range(len(active)), key=lambda r: sum(active[r].open)):
                 prompt, n = active[r], len(active[r].branches)
-                early = not waiting and len(ids) + len(starts) < rows * num_branches // 2
+                early = not waiting and len(ids) + len(starts) < rows * num_branches
                 if n < max_branches and (early or not any(prompt.open)):
                     prompt.open.append(min(num_branches, max_branches - n))
                     prompt.branches += [[] for _ in range(prompt.open[-1])]
@@ -458,7 +461,7 @@ def greedy(
     *,
     max_new_tokens: int,
     stop_token_ids: Tensor,
-    rows: int = 32,
+    rows: int = 64,
 ) -> list[list[int]]:
     """
     The likeliest token at each step, for each prompt: one branch of the one likeliest token.
@@ -517,7 +520,7 @@ def beam_search(
     trie = trie.to(model.device)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     found: list[tuple[Tensor, Tensor]] = [None] * len(prompts)
-    with _branching(model):
+    with branching(model):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
             for i, titles, scores in zip(
@@ -531,7 +534,7 @@ def _beams(model: PreTrainedModel, prompts: list[list[int]], trie: TokenTrie, nu
     """R prompts side by side: titles (-1 where there are fewer) and log-probs, `[R, num_beams]`, on the CPU."""
     device, batch = model.device, len(prompts)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = BranchCache(batch, int(lengths.max()) + 4 * num_beams)
+    cache = BranchCache(batch, int(lengths.max()) + 8 * num_beams)
     pool_scores = torch.full((batch, num_beams), float("-inf"), device=device)
     pool_titles = torch.full((batch, num_beams), -1, device=device)
 
