@@ -148,6 +148,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         data = run.path / "data"
 
         # -- Candidates -----------------------------------------------------------------------------------------------
+        journals = {split: Journal(data / f"candidates_{split}.partial.jsonl", run.resumed) for split in SPLITS}
         if script_args.candidates:
             titles = stored
         else:
@@ -158,24 +159,10 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
                 max_new_tokens=script_args.max_new_tokens,
                 rows=script_args.rows,
             )
-            titles, journals = {}, []
-            for split in SPLITS:
-                journals.append(Journal(data / f"candidates_{split}.partial.jsonl", run.resumed))
-
-                prompts = decoder.encode([record.prompt for record in records[split]])
-
-                def sample(
-                    batch: Sequence[tuple[Record, list[int]]], start: int, split: str = split
-                ) -> list[list[str]]:
-                    return sample_candidates(decoder, selector, batch, start, split, script_args)
-
-                titles[split] = run_in_batches(
-                    list(zip(records[split], prompts, strict=True)),
-                    script_args.batch_size,
-                    sample,
-                    journals[-1],
-                    f"candidates, {split}",
-                )
+            titles = {
+                split: propose_titles(decoder, selector, records[split], split, journals[split], script_args)
+                for split in SPLITS
+            }
             run.counts["shortened_prompts"] = decoder.shortened_prompts
 
         candidates = {
@@ -212,46 +199,49 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
                 "long_tail_negatives": fallback_counts(long_tail),
                 "same_title_twice": sum(a.title == b.title for a, b in zip(hard, long_tail, strict=True)),
             }
-        if not script_args.candidates:
-            for journal in journals:
-                journal.remove()
+        for journal in journals.values():
+            journal.remove()
         print_summary(run.counts)
 
 
-def sample_candidates(
+def propose_titles(
     decoder: Decoder,
     selector: NegativeSelector,
-    batch: Sequence[tuple[Record, list[int]]],
-    start: int,
+    records: list[Record],
     split: str,
+    journal: Journal,
     script_args: ScriptArguments,
 ) -> list[list[str]]:
-    """Samples titles for each (record, prompt) until one can be its hard negative, at most `max_candidates` (rule 2).
+    """Samples titles for each record until one can be its hard negative, at most `max_candidates` (rule 2).
 
-    Record `i` of the batch is number `start + i` of the split: its random numbers come from that alone.
+    The random numbers of a record come from its split and place alone, not from the batch that it is decoded in.
     """
 
     def titles_of(branches: list[list[int]]) -> list[str]:
         return [predicted_title(decoder.decode(ids)) for ids in branches]
 
-    def accept(index: int, branches: list[list[int]]) -> bool:
-        record, _ = batch[index]
-        return selector.has_match(selector.describe(titles_of(branches), record), record)
+    def sample(prompts: Sequence[list[int]], start: int) -> list[list[str]]:
+        def accept(index: int, branches: list[list[int]]) -> bool:
+            record = records[start + index]
+            return selector.has_match(selector.describe(titles_of(branches), record), record)
 
-    found = sample_until(
-        decoder.model,
-        [prompt for _, prompt in batch],
-        accept=accept,
-        seeds=[record_seed(script_args.seed, split, start + index) for index in range(len(batch))],
-        num_branches=script_args.num_candidates,
-        max_branches=script_args.max_candidates,
-        top_k=min(script_args.top_k, decoder.model.config.vocab_size),
-        temperature=script_args.temperature,
-        max_new_tokens=script_args.max_new_tokens,
-        stop_token_ids=decoder.stop_token_ids,
-        rows=decoder.rows,
-    )
-    return [titles_of(branches) for _, branches in sorted(found)]
+        found = sample_until(
+            decoder.model,
+            list(prompts),
+            accept=accept,
+            seeds=[record_seed(script_args.seed, split, start + index) for index in range(len(prompts))],
+            num_branches=script_args.num_candidates,
+            max_branches=script_args.max_candidates,
+            top_k=script_args.top_k,
+            temperature=script_args.temperature,
+            max_new_tokens=script_args.max_new_tokens,
+            stop_token_ids=decoder.stop_token_ids,
+            rows=decoder.rows,
+        )
+        return [titles_of(branches) for _, branches in sorted(found)]
+
+    prompts = decoder.encode([record.prompt for record in records])
+    return run_in_batches(prompts, script_args.batch_size, sample, journal, f"candidates, {split}")
 
 
 def candidates_as_json(

@@ -175,7 +175,7 @@ def check_counts(arguments: Any) -> None:
     """
     for name, value in vars(arguments).items():
         if type(value) is int and value < 1 and name != "seed":
-            raise ValueError(f"--{name}: {value} is too small; give 1 or more")
+            raise ValueError(f"--{name} {value}: must be at least 1")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

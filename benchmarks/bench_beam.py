@@ -15,7 +15,7 @@ from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_sampling import (
+from benchmarks.common import (
     BenchmarkArguments,
     interleaved,
     limit_seconds,

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from trl import TrlParser
 
-from benchmarks.bench_sampling import (
+from benchmarks.common import (
     BenchmarkArguments,
     interleaved,
     limit_seconds,

@@ -20,7 +20,7 @@ from trl import TrlParser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_sampling import BenchmarkArguments, load, report, seconds, time_row
+from benchmarks.common import BenchmarkArguments, load, report, seconds, time_row
 from cebs.branches import BranchCache, advance, branching, continuations, prefill
 from cebs.catalogue import load_catalogue
 from cebs.prompts import encode_completion, quote
