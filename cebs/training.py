@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_tensorboard_available
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 
 from cebs.prompts import encode_completion, encode_prompt
@@ -158,7 +159,7 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
     if is_main_process():
         remove_cut_short(run.path)
     trainer.accelerator.wait_for_everyone()
-    (checkpoint,) = broadcast_object_list([_last_checkpoint(run.path)])  # one process's word, should they differ
+    (checkpoint,) = broadcast_object_list([get_last_checkpoint(run.path)])  # one process's word, should they differ
     if checkpoint:
         print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
@@ -177,10 +178,3 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
         best_checkpoint=trainer.state.best_model_checkpoint and Path(trainer.state.best_model_checkpoint).name,
         best_eval_loss=trainer.state.best_metric,
     )
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """Returns the newest checkpoint that is whole: its `trainer_state.json` is written last."""
-    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
-    return newest and str(newest)
