@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from cebs.catalogue import load_catalogue
+from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import Decoder, Journal, run_in_batches
 from cebs.negatives import NegativeSelector
 from cebs.preferences import preference_record
@@ -91,7 +91,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         script_args.output_dir,
         script=__file__,
         arguments=asdict(script_args) | asdict(model_args),
-        inputs=files.values(),
+        inputs=[*files.values(), *(data_dir / name for name in CATALOGUE_FILES)],
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
         outputs=[f"data/dpo_{split}.json" for split in SPLITS],

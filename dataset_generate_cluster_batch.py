@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cebs.branches import sample_until
-from cebs.catalogue import interest_cluster, load_catalogue
+from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
 from cebs.generation import Decoder, Journal, run_in_batches
 from cebs.negatives import Candidate, NegativeSelector, fallback_counts
 from cebs.preferences import preference_record
@@ -119,7 +119,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         load_catalogue(data_dir), records["train"], script_args.unknown_titles, script_args.seed
     )
     data_sums = {split: sha256(file) for split, file in files.items()}
-    inputs = [*files.values(), data_dir / "name2genre.json"]
+    inputs = [*files.values(), *(data_dir / name for name in CATALOGUE_FILES)]
     if script_args.candidates:
         model_dir, adapter = None, ""
         stored = read_candidates(Path(script_args.candidates), records, data_sums)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cebs.branches import beam_search
-from cebs.catalogue import load_catalogue
+from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import Decoder, Journal, run_in_batches
 from cebs.prompts import Record, encode_completion, quote
 from cebs.sources import find_model
@@ -87,7 +87,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     inputs = [test_file]
     if script_args.decoding == "constrained_beam":
         titles = load_catalogue(data_dir).titles
-        inputs.append(data_dir / "id2name.json")
+        inputs += [data_dir / name for name in CATALOGUE_FILES]
     model_dir = find_model(model_args.model_name_or_path)
     if model_args.adapter:
         check_adapter(model_args.adapter, model_dir)

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from cebs.catalogue import Catalogue, load_catalogue
+from cebs.catalogue import CATALOGUE_FILES, Catalogue, load_catalogue
 from cebs.prompts import Record
 from cebs.ratings import (
     DATA_FILES,
@@ -172,7 +172,7 @@ def prepare_sprec(script_args: PrepareArguments) -> Prepared:
     for split, size in sizes(script_args).items():
         chosen = split_rng(script_args, split).permutation(len(available[split]))[:size]
         records[split] = [available[split][index] for index in sorted(chosen)]
-    inputs = [*paths.values(), *(eval_dir / name for name in DATA_FILES[len(SPLITS) :])]
+    inputs = [*paths.values(), *(eval_dir / name for name in CATALOGUE_FILES)]
     outside = {split: sum(record.target not in catalogue for record in records[split]) for split in SPLITS}
     facts = {
         "available": {split: len(available[split]) for split in SPLITS},

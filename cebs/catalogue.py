@@ -9,6 +9,7 @@ from cebs.prompts import Record
 from utils import InputError, read_json
 
 CLUSTER_SIZE = 3
+CATALOGUE_FILES = ("name2genre.json", "name2id.json", "id2name.json", "genre_dict.json")
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,7 @@ def load_catalogue(data_dir: str | Path) -> Catalogue:
         `InputError`: naming the file and the entry that is wrong.
     """
     data_dir = Path(data_dir)
-    name2genre, name2id, id2name, genre_dict = (
-        _read_mapping(data_dir / name)
-        for name in ("name2genre.json", "name2id.json", "id2name.json", "genre_dict.json")
-    )
+    name2genre, name2id, id2name, genre_dict = (_read_mapping(data_dir / name) for name in CATALOGUE_FILES)
     for title, genres in name2genre.items():
         if not isinstance(genres, list) or not all(isinstance(genre, str) for genre in genres):
             raise InputError(f"{data_dir / 'name2genre.json'}: {title!r}: genres must be a list of strings")

@@ -9,18 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cebs.catalogue import Catalogue
+from cebs.catalogue import CATALOGUE_FILES, Catalogue
 from cebs.prompts import Record, quote
 from utils import InputError, read_records, record_seed, write_json
 
 SPLITS = ("train", "valid", "test")
-DATA_FILES = (
-    *(f"{split}_sample.json" for split in SPLITS),
-    "name2genre.json",
-    "name2id.json",
-    "id2name.json",
-    "genre_dict.json",
-)
+DATA_FILES = (*(f"{split}_sample.json" for split in SPLITS), *CATALOGUE_FILES)
 LIKED = 4  # stars from which on a rating counts as liking
 ATOMIC_FILES = ("ml-100k.inter", "ml-100k.item")  # MovieLens-100K in RecBole's format
 GROUPLENS_FILES = ("u.data", "u.item", "u.genre")  # MovieLens-100K in GroupLens' own archive
