@@ -78,9 +78,10 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     data_dir = Path(script_args.data_dir)
     files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
     limits = {"train": script_args.max_train_samples, "valid": script_args.max_eval_samples}
-    records = {split: read_records(files[split])[: limits[split]] for split in SPLITS}
-    selector = NegativeSelector(load_catalogue(data_dir), records["train"], "keep", script_args.seed)
-    targets = sorted({record.target for record in records["train"]})
+    whole = {split: read_records(files[split]) for split in SPLITS}
+    records = {split: whole[split][: limits[split]] for split in SPLITS}
+    selector = NegativeSelector(load_catalogue(data_dir), whole["train"], "keep", script_args.seed)
+    targets = sorted({record.target for record in whole["train"]})
     model_dir, adapter = None, ""
     if script_args.method == "self_play":
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter

@@ -114,10 +114,9 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
     data_dir = Path(script_args.data_dir)
     files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
     limits = {"train": script_args.max_train_samples, "valid": script_args.max_eval_samples}
-    records = {split: read_records(files[split])[: limits[split]] for split in SPLITS}
-    selector = NegativeSelector(
-        load_catalogue(data_dir), records["train"], script_args.unknown_titles, script_args.seed
-    )
+    whole = {split: read_records(files[split]) for split in SPLITS}
+    records = {split: whole[split][: limits[split]] for split in SPLITS}
+    selector = NegativeSelector(load_catalogue(data_dir), whole["train"], script_args.unknown_titles, script_args.seed)
     data_sums = {split: sha256(file) for split, file in files.items()}
     inputs = [*files.values(), *(data_dir / name for name in CATALOGUE_FILES)]
     if script_args.candidates:

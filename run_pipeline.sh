@@ -16,6 +16,8 @@
 #   --output_dir DIR            default: output/<data>_quick or output/<data>_full
 #   --seed N                    default: 42
 #   --train N --valid N --test N   records to use, in place of the two sizes
+#   --preferences N             training records that get negatives and are aligned on; default: all, or 40 at the
+#                               small size
 #   --dry_run                   print the plan and the commands, run nothing
 #   --help
 set -euo pipefail
@@ -25,13 +27,13 @@ fail() { echo "run_pipeline.sh: error: $*" >&2; exit 2; }
 absolute() { if [[ -e $1 ]]; then realpath "$1"; else echo "$1"; fi; }
 
 data='' model=HuggingFaceTB/SmolLM2-135M-Instruct encoder=all-MiniLM-L6-v2 output='' seed=42
-size=quick train='' valid='' test='' dry_run=''
+size=quick train='' preferences='' valid='' test='' dry_run=''
 while (($#)); do
   case $1 in
     --full) size=full; shift; continue ;;
     --dry_run) dry_run=1; shift; continue ;;
     --help | -h) usage; exit 0 ;;
-    --data_dir | --model_name_or_path | --encoder | --output_dir | --seed | --train | --valid | --test) ;;
+    --data_dir | --model_name_or_path | --encoder | --output_dir | --seed | --train | --preferences | --valid | --test) ;;
     *) fail "unknown option $1; --help lists what exists" ;;
   esac
   (($# > 1)) || fail "$1 needs a value"
@@ -41,15 +43,15 @@ while (($#)); do
     --encoder) encoder=$(absolute "$2") ;;
     --output_dir) output=$(realpath -m "$2") ;;
     *) [[ $2 =~ ^[0-9]+$ ]] || fail "$1 needs a number, not '$2'"
-       case $1 in --seed) seed=$2 ;; --train) train=$2 ;; --valid) valid=$2 ;; --test) test=$2 ;; esac ;;
+       case $1 in --seed) seed=$2 ;; --train) train=$2 ;; --preferences) preferences=$2 ;; --valid) valid=$2 ;; --test) test=$2 ;; esac ;;
   esac
   shift 2
 done
 cd "$(dirname "$(realpath "$0")")"
 
 case $size in
-  quick) : "${train:=96}" "${valid:=32}" "${test:=100}" ;;
-  full) : "${train:=1024}" "${valid:=256}" "${test:=1000}" ;;
+  quick) : "${preferences:=${train:-40}}" "${train:=128}" "${valid:=16}" "${test:=64}" ;;
+  full) : "${train:=1024}" "${preferences:=$train}" "${valid:=256}" "${test:=1000}" ;;
 esac
 if [[ $data ]]; then dataset=$(basename "$data"); else data=sampled_data/ml-100k dataset=ml-100k; fi
 output=${output:-output/${dataset}_$size}
@@ -57,15 +59,15 @@ negatives=$output/cluster_exposure
 
 # -- The plan: seconds as measured on two CPU cores without bfloat16 (docs/timings.md), per record and per start ---------
 minutes() { echo $((($1 + 59) / 60)); }
-sft_s=$((20 + 2 * train * 9 / 10 + 2 * valid / 3))
-negatives_s=$((20 + (train + valid) * 3 / 4))
-hard_s=$((25 + train * 15 / 10 + valid / 2))
-two_s=$((25 + train * 17 / 10 + valid / 2))
-predict_s=$((15 + test / 2))
-evaluate_s=15
+sft_s=$((20 + 21 * train / 10 + 8 * valid / 10))
+negatives_s=$((20 + (preferences + valid) * 15 / 10))
+hard_s=$((25 + preferences * 14 / 10 + valid * 8 / 10))
+two_s=$((25 + preferences * 16 / 10 + valid))
+predict_s=$((15 + test * 4 / 10))
+evaluate_s=12
 total_s=$((10 + sft_s + negatives_s + 2 * hard_s + two_s + 5 * (predict_s + evaluate_s)))
 cat <<PLAN
-$dataset: $train training, $valid validation, $test test records -> $output
+$dataset: $train training ($preferences aligned on), $valid validation, $test test records -> $output
   about $(minutes $sft_s) min          supervised fine-tuning
   about $(minutes $negatives_s) min          candidates and negatives
   about $(minutes $((2 * hard_s + two_s))) min          DPO on hard, DPO on long-tail, S-DPO on two negatives
@@ -104,7 +106,7 @@ stage sft "$output/sft/final_model" \
 
 stage negatives "$negatives/data" \
   python dataset_generate_cluster_batch.py "${common[@]}" --adapter "$output/sft/final_model" \
-  --output_dir "$negatives" --max_train_samples "$train" --max_eval_samples "$valid"
+  --output_dir "$negatives" --max_train_samples "$preferences" --max_eval_samples "$valid"
 
 for kind in hard long_tail two_negatives; do
   stage "dpo_$kind" "$negatives/$kind/final_model" \

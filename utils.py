@@ -340,7 +340,7 @@ def run_folder(
     if not overwrite and not same and (finished or old_outputs):  # one that ended with nothing is in nobody's way
         what = _difference(previous, described) if previous else f"{old_outputs[0].name} is there already"
         raise InputError(f"{folder}: holds another run of {script} ({what}); use --overwrite or another --output_dir")
-    whole = same and finished and all((folder / name).exists() for name in previous["outputs"])
+    whole = same and finished and all((folder / name).exists() for name in previous.get("outputs", []))
     if whole and not overwrite:
         print(f"{script}: {folder} is done already, nothing to do (--overwrite does it again)")
         yield Run(folder, done=True, counts=previous["counts"])

@@ -22,6 +22,8 @@ INTER_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 ITEM_COLUMNS = ("item_id", "movie_title", "release_year", "class")
 NO_TITLE = ("", "unknown", "unkonwn")  # MovieLens' item 267 has none; RecBole's copy misspells it
 YEAR = re.compile(r"\d{4}")
+# an article that stands behind its title, in front of the year or of a title in another language
+ARTICLE = re.compile(r"(^|\()([^()]+?), (The|An?|La|Les?|Il|Der|Das|Die|Det|O|L')(?= \(|\)|$)")
 
 
 class Rating(NamedTuple):
@@ -138,8 +140,12 @@ def _read_grouplens_films(path: Path, genres_path: Path) -> Iterable[tuple[str, 
 
 
 def _clean(title: str) -> str:
-    """A title ends at the next double quote wherever it is read, so its own quotes become single ones."""
-    return " ".join(title.replace('"', "'").split())
+    """Returns a title as it is spoken of: `Full Monty, The (1997)` is `The Full Monty (1997)`, and L' joins its noun.
+
+    A title ends at the next double quote wherever it is read, so its own quotes become single ones.
+    """
+    title = " ".join(title.replace('"', "'").split())
+    return ARTICLE.sub(lambda match: f"{match[1]}{match[3]} {match[2]}", title).replace("L' ", "L'")
 
 
 def _rows(
