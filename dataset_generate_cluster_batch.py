@@ -231,7 +231,7 @@ def propose_titles(
             seeds=[record_seed(script_args.seed, split, start + index) for index in range(len(prompts))],
             num_branches=script_args.num_candidates,
             max_branches=script_args.max_candidates,
-            top_k=script_args.top_k,
+            top_k=min(script_args.top_k, decoder.model.config.vocab_size),
             temperature=script_args.temperature,
             max_new_tokens=script_args.max_new_tokens,
             stop_token_ids=decoder.stop_token_ids,

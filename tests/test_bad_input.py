@@ -260,7 +260,8 @@ def test_a_prompt_that_cannot_fit(place, stage, monkeypatch, capsys):
 
 
 def test_one_record_leaves_no_random_negative(place, monkeypatch, capsys):
-    complaint = refusal("random", "--max_train_samples", "1", monkeypatch=monkeypatch, capsys=capsys)
+    edit_json(place / "data" / "train_sample.json", lambda records: records[:1])
+    complaint = refusal("random", monkeypatch=monkeypatch, capsys=capsys)
     assert "train_sample.json: record 0: no title is left to be its negative" in complaint
 
 

@@ -420,11 +420,11 @@ def test_sampling_interrupted_goes_on_to_the_same_bytes(chain, out, monkeypatch,
     run = read_json(chain.root / out / "run.json")
     assert run["state"] == "interrupted" and not (chain.root / out / "data" / "candidates.json").exists()
     rounds = []
-    original = dataset_generate_cluster_batch.sample_candidates
+    original = dataset_generate_cluster_batch.sample_until
     monkeypatch.setattr(
         dataset_generate_cluster_batch,
-        "sample_candidates",
-        lambda *args: rounds.append(args) or original(*args),
+        "sample_until",
+        lambda *args, **kwargs: rounds.append(args) or original(*args, **kwargs),
     )
     folder = chain.cluster(out=out)
     assert json_bytes(folder) == json_bytes(chain.root / "cluster")
