@@ -14,7 +14,7 @@
 #   --model_name_or_path NAME   folder or hub name of the base model; default: HuggingFaceTB/SmolLM2-135M-Instruct
 #   --encoder NAME              folder or name of the sentence encoder; default: all-MiniLM-L6-v2
 #   --output_dir DIR            default: output/<data>_quick or output/<data>_full
-#   --seed N                    default: 42
+#   --seed N                    default: 42; another one samples MovieLens anew, unless --data_dir is given
 #   --train N --valid N --test N   records to use, in place of the two sizes
 #   --preferences N             training records that get negatives and are aligned on; default: all, or 40 at the
 #                               small size
@@ -53,7 +53,12 @@ case $size in
   quick) : "${preferences:=${train:-40}}" "${train:=128}" "${valid:=16}" "${test:=64}" ;;
   full) : "${train:=1024}" "${preferences:=$train}" "${valid:=256}" "${test:=1000}" ;;
 esac
-if [[ $data ]]; then dataset=$(basename "$data"); else data=sampled_data/ml-100k dataset=ml-100k; fi
+movielens=''
+if [[ -z $data ]]; then # another seed is another sample, in a folder of its own
+  movielens=1 data=sampled_data/ml-100k
+  ((seed == 42)) || data+=_seed$seed
+fi
+dataset=$(basename "$data")
 output=${output:-output/${dataset}_$size}
 negatives=$output/cluster_exposure
 
@@ -96,7 +101,7 @@ common=(--data_dir "$data" --model_name_or_path "$model" --seed "$seed")
 
 stage downloads "$output/.stages/downloads" \
   python prepare_data.py --download_only --model_name_or_path "$model" --encoder "$encoder"
-if [[ $data == sampled_data/ml-100k ]]; then
+if [[ $movielens ]]; then
   stage prepare_data "$data/run.json" python prepare_data.py --dataset movielens --output_dir "$data" --seed "$seed"
 fi
 
