@@ -4,8 +4,8 @@
 
 The baseline repeats the prompt before the chosen and each of the K rejected titles, K + 1 rows a record, as TRL lays a
 pair out; the model's forward is the stock one. Both sides compute the same loss. The limit is the time that one pass
-over each prompt and each title would take at the machine's own matrix speed, a backward pass counted as two forward
-passes. Peak memory is what a step holds on top of the model's weights.
+over each prompt and each title would take at the machine's own matrix speed, a backward pass counted as one
+forward pass: the frozen matrices need no gradients of their own. Peak memory is what a step holds on top of the model's weights.
 """
 
 import random
@@ -86,7 +86,7 @@ def main(args: SoftmaxDPOArguments) -> None:
         tokens = sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) + sum(map(len, e["rejected_ids"])) for e in examples)
         predicted = tokens - sum(len(e["prompt_ids"]) for e in examples)
         times = interleaved([baseline, ours], args.repetitions, base.device)
-        rows.append(time_row(f"S-DPO step, K = {count}", *times, 3 * limit_seconds(base, flops, tokens, predicted)))
+        rows.append(time_row(f"S-DPO step, K = {count}", *times, 2 * limit_seconds(base, flops, tokens, predicted)))
         rows.append(
             memory_row(f"S-DPO step, K = {count}, peak", peak_mb(baseline, base.device), peak_mb(ours, base.device))
         )
