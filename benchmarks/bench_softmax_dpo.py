@@ -4,8 +4,8 @@
 
 The baseline repeats the prompt before the chosen and each of the K rejected titles, K + 1 rows a record, as TRL lays a
 pair out; the model's forward is the stock one. Both sides compute the same loss. The limit is the time that one pass
-over each prompt and each title would take at the machine's own matrix speed, a backward pass counted as one
-forward pass: the frozen matrices need no gradients of their own. Peak memory is what a step holds on top of the model's weights.
+over each prompt and each title would take at the machine's own matrix speed, a backward pass counted as one forward
+pass: the frozen matrices need no gradients of their own. Peak memory is what a step holds on top of the weights.
 """
 
 import random
