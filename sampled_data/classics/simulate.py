@@ -5,7 +5,7 @@
 python -m sampled_data.classics.simulate
 
 # other readers, in another place
-python -m sampled_data.classics.simulate --seed 7 --output_dir /tmp/classics
+python -m sampled_data.classics.simulate --seed 7 --output_dir classics_seed7
 ```
 
 THE READERS DO NOT EXIST. The books do (books.csv); the histories come from the random numbers below, and serve tests
