@@ -37,12 +37,18 @@ from trl import ModelConfig, get_peft_config
 from cebs.preferences import read_preferences
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
 from cebs.sources import find_model
-from cebs.training import TRAINING_OUTPUTS, TRAINING_SCRATCH, load_trainable, stopping_callbacks, train_and_save
+from cebs.training import (
+    TRAINING_OUTPUTS,
+    TRAINING_SCRATCH,
+    TrainingScriptArguments,
+    load_trainable,
+    stopping_callbacks,
+    train_and_save,
+)
 from utils import (
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    check_counts,
     load_tokenizer,
     require_done,
     run_folder,
@@ -51,20 +57,16 @@ from utils import (
 
 
 @dataclass(kw_only=True)
-class ScriptArguments:
+class ScriptArguments(TrainingScriptArguments):
     """
-    Arguments of this stage; all others are TRL's (`DPOConfig`, `ModelConfig`).
+    Arguments of this stage, beside `TrainingScriptArguments`; all others are TRL's (`DPOConfig`, `ModelConfig`).
 
     Args:
         train_data (`str`): preference records to train on.
         valid_data (`str`): preference records to evaluate on.
         adapter (`str`): adapter to start from, and the reference. Left out where model or data are given: a new
             adapter on the base model, which is then the reference.
-        max_train_samples (`int`, *optional*): use only the first training records.
-        max_eval_samples (`int`, *optional*): use only the first validation records.
         loss_threshold (`float`, *optional*): stop when the evaluation loss falls below it.
-        early_stopping_patience (`int`, *optional*): stop after so many evaluations without improvement.
-        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier run in the output folder.
     """
 
     train_data: str = field(metadata={"help": "Preference records to train on: prompt, chosen, rejected."})
@@ -75,18 +77,9 @@ class ScriptArguments:
             "on the base model."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
     loss_threshold: float | None = field(
         default=None, metadata={"help": "Stop when the evaluation loss falls below it."}
     )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without improvement."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
-
-    def __post_init__(self):
-        check_counts(self)
 
 
 def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_args: ModelConfig) -> None:

@@ -19,19 +19,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
-from cebs.generation import Decoder, Journal, run_in_batches
+from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.negatives import NegativeSelector
 from cebs.preferences import preference_record
 from cebs.prompts import predicted_title
 from cebs.sources import find_model
 from utils import (
-    ModelArguments,
     RunArguments,
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    load_for_inference,
-    load_tokenizer,
     read_records,
     run_folder,
     run_script,
@@ -44,15 +41,11 @@ SPLITS = ("train", "valid")
 @dataclass(kw_only=True)
 class ScriptArguments(RunArguments):
     """
-    Arguments of this stage, beside those that name the model.
+    Arguments of this stage, beside those of decoding.
 
     Args:
         method (`str`): `random` or `self_play`.
         data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
-        max_new_tokens (`int`): most tokens of a prediction.
-        max_length (`int`): most tokens of prompt and prediction; a longer prompt loses its oldest titles.
-        batch_size (`int`): records between two saves.
-        rows (`int`): records decoded side by side; memory grows with it.
         max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
     """
 
@@ -63,17 +56,11 @@ class ScriptArguments(RunArguments):
         }
     )
     data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
-    max_new_tokens: int = field(metadata={"help": "Most tokens of a prediction."})
-    max_length: int = field(
-        metadata={"help": "Most tokens of prompt and prediction; a longer prompt loses its oldest titles."}
-    )
-    batch_size: int = field(metadata={"help": "Records between two saves."})
-    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
 
 
-def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
+def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
     data_dir = Path(script_args.data_dir)
     files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
@@ -111,13 +98,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
                 for split in SPLITS
             }
         else:
-            decoder = Decoder(
-                load_for_inference(model_dir, model_args),
-                load_tokenizer(model_dir),
-                max_length=script_args.max_length,
-                max_new_tokens=script_args.max_new_tokens,
-                rows=script_args.rows,
-            )
+            decoder = load_decoder(model_dir, model_args)
 
             def predict(batch: Sequence[list[int]], start: int) -> list[str]:
                 return [predicted_title(answer) for answer in decoder.greedy(batch)]
@@ -126,7 +107,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
             for split in SPLITS:
                 journals.append(Journal(data / f"self_play_{split}.partial.jsonl", run.resumed))
                 prompts = decoder.encode([record.prompt for record in records[split]])
-                own = run_in_batches(prompts, script_args.batch_size, predict, journals[-1], f"self-play, {split}")
+                own = run_in_batches(prompts, model_args.batch_size, predict, journals[-1], f"self-play, {split}")
                 # a prediction that is right, or a title of the history, is no negative: a random title stands in
                 fits = [
                     bool(selector.eligible(selector.describe([title], record), record))
@@ -157,7 +138,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
 
 def make_parser() -> ScriptParser:
     return ScriptParser(
-        (ScriptArguments, ModelArguments),
+        (ScriptArguments, DecodingArguments),
         __doc__,
         defaults="configs/dataset_generate.yaml",
         chain=("data_dir", "model_name_or_path"),

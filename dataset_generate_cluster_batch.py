@@ -32,20 +32,17 @@ from typing import Any
 
 from cebs.branches import sample_until
 from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
-from cebs.generation import Decoder, Journal, run_in_batches
+from cebs.generation import Decoder, DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.negatives import Candidate, NegativeSelector, fallback_counts
 from cebs.preferences import preference_record
 from cebs.prompts import Record, predicted_title
 from cebs.sources import find_model
 from utils import (
     InputError,
-    ModelArguments,
     RunArguments,
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    load_for_inference,
-    load_tokenizer,
     read_json,
     read_records,
     record_seed,
@@ -62,7 +59,7 @@ DATA_SETS = ("balanced", "dpo_hard", "dpo_long_tail", "dpo_two_negatives")
 @dataclass(kw_only=True)
 class ScriptArguments(RunArguments):
     """
-    Arguments of this stage, beside those that name the model.
+    Arguments of this stage, beside those of decoding.
 
     Args:
         data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
@@ -73,10 +70,6 @@ class ScriptArguments(RunArguments):
         max_candidates (`int`): most titles sampled for a record.
         top_k (`int`): sample from the k likeliest tokens.
         temperature (`float`): of the sampling.
-        max_new_tokens (`int`): most tokens of a title.
-        max_length (`int`): most tokens of prompt and title; a longer prompt loses its oldest titles.
-        batch_size (`int`): records between two saves.
-        rows (`int`): records decoded side by side; memory grows with it.
         max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
     """
 
@@ -94,12 +87,6 @@ class ScriptArguments(RunArguments):
     max_candidates: int = field(metadata={"help": "Most titles sampled for a record."})
     top_k: int = field(metadata={"help": "Sample from the k likeliest tokens."})
     temperature: float = field(metadata={"help": "Temperature of the sampling."})
-    max_new_tokens: int = field(metadata={"help": "Most tokens of a title."})
-    max_length: int = field(
-        metadata={"help": "Most tokens of prompt and title; a longer prompt loses its oldest titles."}
-    )
-    batch_size: int = field(metadata={"help": "Records between two saves."})
-    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
 
@@ -109,7 +96,7 @@ class ScriptArguments(RunArguments):
             raise ValueError(f"--temperature: {self.temperature} must be above 0")
 
 
-def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
+def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
     data_dir = Path(script_args.data_dir)
     files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
@@ -151,15 +138,11 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         if script_args.candidates:
             titles = stored
         else:
-            decoder = Decoder(
-                load_for_inference(model_dir, model_args),
-                load_tokenizer(model_dir),
-                max_length=script_args.max_length,
-                max_new_tokens=script_args.max_new_tokens,
-                rows=script_args.rows,
-            )
+            decoder = load_decoder(model_dir, model_args)
             titles = {
-                split: propose_titles(decoder, selector, records[split], split, journals[split], script_args)
+                split: propose_titles(
+                    decoder, selector, records[split], split, journals[split], script_args, model_args
+                )
                 for split in SPLITS
             }
             run.counts["shortened_prompts"] = decoder.shortened_prompts
@@ -210,6 +193,7 @@ def propose_titles(
     split: str,
     journal: Journal,
     script_args: ScriptArguments,
+    model_args: DecodingArguments,
 ) -> list[list[str]]:
     """Samples titles for each record until one can be its hard negative, at most `max_candidates` (rule 2).
 
@@ -233,14 +217,14 @@ def propose_titles(
             max_branches=script_args.max_candidates,
             top_k=min(script_args.top_k, decoder.model.config.vocab_size),
             temperature=script_args.temperature,
-            max_new_tokens=script_args.max_new_tokens,
+            max_new_tokens=decoder.max_new_tokens,
             stop_token_ids=decoder.stop_token_ids,
             rows=decoder.rows,
         )
         return [titles_of(branches) for _, branches in sorted(found)]
 
     prompts = decoder.encode([record.prompt for record in records])
-    return run_in_batches(prompts, script_args.batch_size, sample, journal, f"candidates, {split}")
+    return run_in_batches(prompts, model_args.batch_size, sample, journal, f"candidates, {split}")
 
 
 def candidates_as_json(
@@ -320,7 +304,7 @@ def print_summary(counts: dict[str, Any]) -> None:
 
 def make_parser() -> ScriptParser:
     return ScriptParser(
-        (ScriptArguments, ModelArguments),
+        (ScriptArguments, DecodingArguments),
         __doc__,
         defaults="configs/cluster_exposure.yaml",
         chain=("data_dir", "model_name_or_path"),

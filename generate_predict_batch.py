@@ -27,18 +27,15 @@ from typing import Any
 
 from cebs.branches import beam_search
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
-from cebs.generation import Decoder, Journal, run_in_batches
+from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.prompts import Record, encode_completion, quote
 from cebs.sources import find_model
 from cebs.trie import build_trie
 from utils import (
-    ModelArguments,
     RunArguments,
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    load_for_inference,
-    load_tokenizer,
     read_records,
     run_folder,
     run_script,
@@ -49,16 +46,12 @@ from utils import (
 @dataclass(kw_only=True)
 class ScriptArguments(RunArguments):
     """
-    Arguments of this stage, beside those that name the model.
+    Arguments of this stage, beside those of decoding.
 
     Args:
         data_dir (`str`): data folder with `test_sample.json` and, for constrained beams, the catalogue.
         decoding (`str`): `greedy` writes the model's answer, `constrained_beam` its ranking of the catalogue too.
         num_beams (`int`): width of the beam search, and titles in a ranking.
-        max_new_tokens (`int`): most tokens of an answer.
-        max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
-        batch_size (`int`): records between two saves.
-        rows (`int`): records decoded side by side; memory grows with it.
         max_predict_samples (`int`, *optional*): use only the first test records.
     """
 
@@ -70,16 +63,10 @@ class ScriptArguments(RunArguments):
         }
     )
     num_beams: int = field(metadata={"help": "Width of the beam search, and titles in a ranking."})
-    max_new_tokens: int = field(metadata={"help": "Most tokens of an answer."})
-    max_length: int = field(
-        metadata={"help": "Most tokens of prompt and answer; a longer prompt loses its oldest titles."}
-    )
-    batch_size: int = field(metadata={"help": "Records between two saves."})
-    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first test records."})
 
 
-def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
+def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
     data_dir = Path(script_args.data_dir)
     test_file = data_dir / "test_sample.json"
@@ -108,13 +95,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
             return
 
         # -- Predictions ----------------------------------------------------------------------------------------------
-        decoder = Decoder(
-            load_for_inference(model_dir, model_args),
-            load_tokenizer(model_dir),
-            max_length=script_args.max_length,
-            max_new_tokens=script_args.max_new_tokens,
-            rows=script_args.rows,
-        )
+        decoder = load_decoder(model_dir, model_args)
 
         prompts = decoder.encode([record.prompt for record in records])
 
@@ -135,7 +116,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
                     [prompt for _, prompt in batch],
                     trie,
                     num_beams=script_args.num_beams,
-                    rows=script_args.rows,
+                    rows=decoder.rows,
                 )
                 rankings = [[titles[title_id] for title_id in title_ids] for title_ids, _ in found]
                 return [
@@ -151,7 +132,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
         predictions = run.path / "predictions"
         journal = Journal(predictions / "raw_results.partial.jsonl", run.resumed)
         results = run_in_batches(
-            list(zip(records, prompts, strict=True)), script_args.batch_size, predict, journal, "predictions"
+            list(zip(records, prompts, strict=True)), model_args.batch_size, predict, journal, "predictions"
         )
         write_json(predictions / f"raw_results_{len(results)}.json", results)
         journal.remove()
@@ -160,7 +141,7 @@ def main(script_args: ScriptArguments, model_args: ModelArguments) -> None:
 
 def make_parser() -> ScriptParser:
     return ScriptParser(
-        (ScriptArguments, ModelArguments),
+        (ScriptArguments, DecodingArguments),
         __doc__,
         defaults="configs/predict.yaml",
         chain=("data_dir", "model_name_or_path"),

@@ -38,6 +38,7 @@ from cebs.training import (
     TRAINING_SCRATCH,
     CompletionTrainer,
     HardwareDefaults,
+    TrainingScriptArguments,
     load_trainable,
     stopping_callbacks,
     tokenize_records,
@@ -47,7 +48,6 @@ from utils import (
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    check_counts,
     load_tokenizer,
     read_records,
     run_folder,
@@ -56,30 +56,17 @@ from utils import (
 
 
 @dataclass(kw_only=True)
-class ScriptArguments:
+class ScriptArguments(TrainingScriptArguments):
     """
-    Arguments of this stage; all others are TRL's (`SFTConfig`, `ModelConfig`).
+    Arguments of this stage, beside `TrainingScriptArguments`; all others are TRL's (`SFTConfig`, `ModelConfig`).
 
     Args:
         data_dir (`str`): data folder with `train_sample.json` and `valid_sample.json`.
         adapter (`str`, *optional*): adapter to go on from; left out, a new one is trained.
-        max_train_samples (`int`, *optional*): use only the first records of the training file.
-        max_eval_samples (`int`, *optional*): use only the first records of the validation file.
-        early_stopping_patience (`int`, *optional*): stop after so many evaluations without improvement.
-        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier run in the output folder.
     """
 
     data_dir: str = field(metadata={"help": "Data folder with train_sample.json and valid_sample.json."})
     adapter: str = field(default="", metadata={"help": "Adapter to go on from; left out, a new one is trained."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after so many evaluations without improvement."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
-
-    def __post_init__(self):
-        check_counts(self)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cebs.branches import greedy
 from cebs.prompts import encode_prompt, line_end_tokens
+from utils import ModelArguments, check_counts, load_for_inference, load_tokenizer
+
+
+@dataclass(kw_only=True)
+class DecodingArguments(ModelArguments):
+    """Which model a script decodes with, and how; beside those of `ModelArguments`:
+
+    Args:
+        max_new_tokens (`int`): most tokens of an answer.
+        max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
+        batch_size (`int`): records between two saves.
+        rows (`int`): records decoded side by side; memory grows with it.
+    """
+
+    max_new_tokens: int = field(metadata={"help": "Most tokens of an answer."})
+    max_length: int = field(
+        metadata={"help": "Most tokens of prompt and answer; a longer prompt loses its oldest titles."}
+    )
+    batch_size: int = field(metadata={"help": "Records between two saves."})
+    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
+
+    def __post_init__(self):
+        check_counts(self)
 
 
 class Journal:
@@ -107,3 +131,14 @@ class Decoder:
             rows=self.rows,
         )
         return [self.decode(ids) for ids in answers]
+
+
+def load_decoder(model_dir: Path, args: DecodingArguments) -> Decoder:
+    """Loads a base model with its adapter, and its tokenizer, for decoding."""
+    return Decoder(
+        load_for_inference(model_dir, args),
+        load_tokenizer(model_dir),
+        max_length=args.max_length,
+        max_new_tokens=args.max_new_tokens,
+        rows=args.rows,
+    )

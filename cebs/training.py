@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,35 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 
 from cebs.prompts import encode_completion, encode_prompt
-from utils import InputError, Run, has_fast_bf16, is_main_process, load_model, read_json, save_adapter
+from utils import InputError, Run, check_counts, has_fast_bf16, is_main_process, load_model, read_json, save_adapter
 
 # TRL 1.16 itself asks transformers 5.23 for the old name
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 TRAINING_OUTPUTS = ("final_model",)
 TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
+
+
+@dataclass(kw_only=True)
+class TrainingScriptArguments:
+    """What both training scripts take beside TRL's own arguments.
+
+    Args:
+        max_train_samples (`int`, *optional*): use only the first training records.
+        max_eval_samples (`int`, *optional*): use only the first validation records.
+        early_stopping_patience (`int`, *optional*): stop after so many evaluations without improvement.
+        overwrite (`bool`, *optional*, defaults to `False`): replace an earlier run in the output folder.
+    """
+
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without improvement."}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace an earlier run in the output folder."})
+
+    def __post_init__(self):
+        check_counts(self)
 
 
 class HardwareDefaults:

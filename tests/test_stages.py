@@ -18,12 +18,11 @@ import transformers.trainer
 from conftest import SIZES, edit_json, listing, run_main, start_script
 from safetensors.torch import load_file
 
-import dataset_generate
 import dataset_generate_cluster_batch
 import sft_smol
 from cebs import training
 from cebs.catalogue import exposure_counts, interest_cluster, load_catalogue
-from cebs.generation import Journal
+from cebs.generation import Decoder, Journal
 from cebs.preferences import read_preferences
 from cebs.prompts import predicted_title
 from utils import InputError, read_json, read_records
@@ -394,7 +393,7 @@ def test_choosing_again_needs_no_model(chain, out, monkeypatch):
     def no_model(*args, **kwargs):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(dataset_generate_cluster_batch, "load_for_inference", no_model)
+    monkeypatch.setattr(dataset_generate_cluster_batch, "load_decoder", no_model)
     monkeypatch.setattr(dataset_generate_cluster_batch, "find_model", no_model)
     candidates = chain.root / "cluster" / "data" / "candidates.json"
     same = chain.cluster("--candidates", candidates, out=f"{out}/keep")
@@ -513,7 +512,7 @@ def test_dataset_generate_has_no_leftovers(chain):
 def test_self_play_puts_a_random_title_for_a_prediction_that_is_right(chain, out, monkeypatch):
     records = read_records(chain.data_dir / "train_sample.json")
     answers = [f'"{record.target}"' for record in records]
-    monkeypatch.setattr(dataset_generate.Decoder, "greedy", lambda self, batch: answers[: len(batch)])
+    monkeypatch.setattr(Decoder, "greedy", lambda self, batch: answers[: len(batch)])
     folder = chain.self_play("--batch_size", "12", out=out)
     counts = read_json(folder / "run.json")["counts"]
     rows = read_json(folder / "data" / "dpo_train.json")
