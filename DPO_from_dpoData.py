@@ -2,7 +2,8 @@
 Stage 3: alignment. A model learns to prefer the target title to the rejected ones (DPO, S-DPO).
 
 A record with one rejected title is DPO, a list of them is S-DPO; both kinds may stand in one file. The reference is a
-frozen copy of the adapter that training starts from; where there is none, it is the base model.
+frozen copy of the adapter that training starts from; where there is none, it is the base model. `--loss_type` takes
+another loss: DMPO for lists, or TRL's own for one rejected title.
 
 # The default, configs/dpo.yaml: two negatives a record, on the SFT adapter
 ```bash
@@ -13,6 +14,13 @@ python DPO_from_dpoData.py
 ```bash
 python DPO_from_dpoData.py --config configs/dpo_hard.yaml
 python DPO_from_dpoData.py --config configs/dpo_long_tail.yaml
+```
+
+# Another loss: DMPO, IPO on one rejected title, S-DPO with the chosen title's NLL added (RPO)
+```bash
+python DPO_from_dpoData.py --loss_type dmpo --output_dir output/cluster_exposure/dmpo
+python DPO_from_dpoData.py --config configs/dpo_hard.yaml --loss_type ipo --output_dir output/cluster_exposure/hard_ipo
+python DPO_from_dpoData.py --sft_weight 1 --output_dir output/cluster_exposure/two_negatives_rpo
 ```
 
 # Any other preference data; without --adapter on the base model ("w/o SFT")
@@ -35,7 +43,7 @@ from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
 from cebs.preferences import read_preferences
-from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
+from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, check_rejected
 from cebs.sources import find_model
 from cebs.training import (
     TRAINING_OUTPUTS,
@@ -86,6 +94,8 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     # -- Input --------------------------------------------------------------------------------------------------------
     train_records = read_preferences(script_args.train_data)[: script_args.max_train_samples]
     valid_records = read_preferences(script_args.valid_data)[: script_args.max_eval_samples]
+    check_rejected(script_args.train_data, train_records, training_args.loss_type)
+    check_rejected(script_args.valid_data, valid_records, training_args.loss_type)
     require_done(script_args.train_data, "dataset_generate.py", "dataset_generate_cluster_batch.py")
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:

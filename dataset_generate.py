@@ -16,37 +16,23 @@ Interrupted and started again with the same flags, it goes on after the last fin
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-from cebs.catalogue import CATALOGUE_FILES, load_catalogue
+from cebs.catalogue import load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
-from cebs.negatives import NegativeSelector
-from cebs.preferences import preference_record
+from cebs.negatives import NegativeSampler
+from cebs.preferences import SPLITS, PreferenceArguments, preference_record
 from cebs.prompts import predicted_title
 from cebs.sources import find_model
-from utils import (
-    RunArguments,
-    ScriptParser,
-    base_fingerprint,
-    check_adapter,
-    read_records,
-    run_folder,
-    run_script,
-    write_json,
-)
-
-SPLITS = ("train", "valid")
+from utils import ScriptParser, base_fingerprint, check_adapter, run_folder, run_script, write_json
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(RunArguments):
+class ScriptArguments(PreferenceArguments):
     """
-    Arguments of this stage, beside those of decoding.
+    Arguments of this stage, beside `PreferenceArguments` and those of decoding.
 
     Args:
         method (`str`): `random` or `self_play`.
-        data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
-        max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
     """
 
     method: str = field(
@@ -55,20 +41,15 @@ class ScriptArguments(RunArguments):
             "choices": ["random", "self_play"],
         }
     )
-    data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
 
 
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
-    data_dir = Path(script_args.data_dir)
-    files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
-    limits = {"train": script_args.max_train_samples, "valid": script_args.max_eval_samples}
-    whole = {split: read_records(files[split]) for split in SPLITS}
-    records = {split: whole[split][: limits[split]] for split in SPLITS}
-    selector = NegativeSelector(load_catalogue(data_dir), whole["train"], "keep", script_args.seed)
-    targets = sorted({record.target for record in whole["train"]})
+    records, all_train = script_args.read_splits()
+    sampler = NegativeSampler(
+        load_catalogue(script_args.data_dir), all_train, unknown_titles="keep", fallback="random", seed=script_args.seed
+    )
+    targets = sorted({record.target for record in all_train})
     model_dir, adapter = None, ""
     if script_args.method == "self_play":
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
@@ -79,7 +60,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         script_args.output_dir,
         script=__file__,
         arguments=asdict(script_args) | asdict(model_args),
-        inputs=[*files.values(), *(data_dir / name for name in CATALOGUE_FILES)],
+        inputs=script_args.data_files,
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
         outputs=[f"data/dpo_{split}.json" for split in SPLITS],
@@ -94,7 +75,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         journals = []
         if script_args.method == "random":
             negatives = {
-                split: [selector.random(targets, record, split, index) for index, record in enumerate(records[split])]
+                split: [sampler.random(targets, record, split, index) for index, record in enumerate(records[split])]
                 for split in SPLITS
             }
         else:
@@ -110,11 +91,11 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 own = run_in_batches(prompts, model_args.batch_size, predict, journals[-1], f"self-play, {split}")
                 # a prediction that is right, or a title of the history, is no negative: a random title stands in
                 fits = [
-                    bool(selector.eligible(selector.describe([title], record), record))
+                    bool(sampler.eligible(sampler.describe([(title, None)], record), record))
                     for title, record in zip(own, records[split], strict=True)
                 ]
                 negatives[split] = [
-                    title if fit else selector.random(targets, record, split, index)
+                    title if fit else sampler.random(targets, record, split, index)
                     for index, (title, fit, record) in enumerate(zip(own, fits, records[split], strict=True))
                 ]
                 run.counts[f"{split}_random_instead"] = fits.count(False)
@@ -129,7 +110,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             write_json(data / f"dpo_{split}.json", rows)
             run.counts[f"{split}_records"] = len(rows)
             run.counts[f"{split}_not_in_catalogue"] = sum(
-                negative not in selector.catalogue for negative in negatives[split]
+                negative not in sampler.catalogue for negative in negatives[split]
             )
         for journal in journals:
             journal.remove()

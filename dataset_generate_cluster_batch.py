@@ -1,50 +1,71 @@
-"""
+r"""
 Stage 2: negatives by interest cluster and exposure, chosen among titles that the model itself proposes.
 
 For each record titles are sampled from the model, ten at a time, until one lies inside the user's interest cluster (the
-three commonest genres of the history). The first of those is the hard negative; of the titles outside the cluster, the
-one with the least exposure in the training data is the long-tail negative.
+three commonest genres of the history), and stored in candidates.json. Selectors choose negatives among them:
 
-# The default, configs/cluster_exposure.yaml, on the SFT adapter
+    pool:order[:count]
+    pool     in, out (of the interest cluster), all
+    order    first (as generated), random, low_exposure, high_exposure (in the training records),
+             likely (the model's log-probability), nearest_target, farthest_target, nearest_history, farthest_history
+             (cosine of sentence embeddings; with a history the mean over its titles)
+    count    how many titles, 1 if left out
+
+A selector that finds nothing takes a random candidate, or without any a random title of the catalogue; with --fallback
+skip it takes nothing, and a record without any negative is left out. Where fewer titles fit than its count asks for, it
+takes those. Selectors choose apart from each other; a title that several choose stands once in a record's list.
+
+# The default, configs/cluster_exposure.yaml, on the SFT adapter: the presets dpo_hard (in:first), dpo_long_tail
+# (out:low_exposure) and dpo_two_negatives (both, for S-DPO)
 ```bash
 python dataset_generate_cluster_batch.py
 ```
 
 # Another data set and adapter; without --adapter the base model proposes
 ```bash
-python dataset_generate_cluster_batch.py --data_dir sampled_data/goodreads \\
+python dataset_generate_cluster_batch.py --data_dir sampled_data/goodreads \
     --adapter output/goodreads/sft/final_model --output_dir output/goodreads/cluster_exposure
 ```
 
-# Choose again among candidates that are there: no model is loaded
+# Candidates by beam search in place of sampling: num_candidates titles in a single round; here titles that exist
 ```bash
-python dataset_generate_cluster_batch.py --candidates output/cluster_exposure/data/candidates.json \\
-    --unknown_titles drop --output_dir output/cluster_exposure_drop
+python dataset_generate_cluster_batch.py --candidate_source diverse_beam --constrained \
+    --output_dir output/diverse_beam
+```
+
+# Choose again among candidates that are there, by selectors of one's own (data/negatives_{train,valid}.json) and by
+# name (data/<name>_{train,valid}.json): no model is loaded
+```bash
+python dataset_generate_cluster_batch.py --candidates output/cluster_exposure/data/candidates.json \
+    --negatives in:nearest_target out:low_exposure:2 --presets clusterin_low clusterout_high sdpo_3 \
+    --unknown_titles drop --fallback skip --output_dir output/chosen_again
 ```
 
 Interrupted and started again with the same flags, it goes on after the last finished batch, to the same bytes.
 """
 
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cebs.branches import sample_until
-from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
-from cebs.generation import Decoder, DecodingArguments, Journal, load_decoder, run_in_batches
-from cebs.negatives import Candidate, NegativeSelector, fallback_counts
-from cebs.preferences import preference_record
-from cebs.prompts import Record, predicted_title
-from cebs.sources import find_model
+from cebs.catalogue import interest_cluster, load_catalogue
+from cebs.generation import CandidateArguments, Decoder, DecodingArguments, Journal, load_decoder, run_in_batches
+from cebs.grounding import EMBEDDINGS_CACHE, encoder_fingerprint
+from cebs.negatives import Candidate, NegativeSampler, Selection, selection_counts
+from cebs.preferences import SPLITS, PreferenceArguments, preference_record
+from cebs.prompts import Record
+from cebs.selectors import PRESETS, SIMILARITY_ORDERS, Selector, find_preset, parse_negatives
+from cebs.similarity import unit_vectors
+from cebs.sources import find_encoder, find_model
 from utils import (
     InputError,
-    RunArguments,
     ScriptParser,
     base_fingerprint,
     check_adapter,
     read_json,
-    read_records,
     record_seed,
     run_folder,
     run_script,
@@ -52,30 +73,45 @@ from utils import (
     write_json,
 )
 
-SPLITS = ("train", "valid")
-DATA_SETS = ("balanced", "dpo_hard", "dpo_long_tail", "dpo_two_negatives")
+(HARD,), (LONG_TAIL,) = PRESETS["dpo_hard"], PRESETS["dpo_long_tail"]  # what balanced_*.json holds
+LOG_PROB_DECIMALS = 2  # the rest is rounding, which changes with the records that are decoded side by side
 
 
 @dataclass(kw_only=True)
-class ScriptArguments(RunArguments):
+class ScriptArguments(PreferenceArguments, CandidateArguments):
     """
-    Arguments of this stage, beside those of decoding.
+    Arguments of this stage, beside `PreferenceArguments`, `CandidateArguments` and those of decoding.
 
     Args:
-        data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
         candidates (`str`, *optional*): stored `candidates.json` to choose from; then no model is loaded.
+        negatives (`list[str]`, *optional*): selectors, or presets that stand for theirs, of one data set.
+        presets (`list[str]`): data sets to write by name.
+        fallback (`str`): what a selector does that finds nothing: `random` draws a title, `skip` takes none.
         unknown_titles (`str`): what becomes of candidates that are not in the catalogue: `keep` admits them as
             negatives (the published behaviour), `drop` does not.
-        num_candidates (`int`): titles sampled for a record at a time.
-        max_candidates (`int`): most titles sampled for a record.
-        top_k (`int`): sample from the k likeliest tokens.
-        temperature (`float`): of the sampling.
-        max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
+        encoder (`str`): sentence encoder of the orders `nearest_*` and `farthest_*`; loaded for these alone.
+        cache_dir (`str`, *optional*): folder where the catalogue's embeddings are kept.
     """
 
-    data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
     candidates: str | None = field(
         default=None, metadata={"help": "Stored candidates.json to choose from; then no model is loaded."}
+    )
+    negatives: list[str] | None = field(
+        default=None,
+        metadata={"help": "Selectors pool:order[:count], or presets: one data set, data/negatives_{train,valid}.json."},
+    )
+    presets: list[str] = field(
+        metadata={
+            "help": "Data sets to write by name, data/<name>_{train,valid}.json: "
+            + "; ".join(f"{name} ({' '.join(map(str, selectors))})" for name, selectors in PRESETS.items())
+            + "."
+        }
+    )
+    fallback: str = field(
+        metadata={
+            "help": "Where a selector finds nothing: random draws a title, skip leaves the negative out.",
+            "choices": ["random", "skip"],
+        }
     )
     unknown_titles: str = field(
         metadata={
@@ -83,48 +119,68 @@ class ScriptArguments(RunArguments):
             "choices": ["keep", "drop"],
         },
     )
-    num_candidates: int = field(metadata={"help": "Titles sampled for a record at a time."})
-    max_candidates: int = field(metadata={"help": "Most titles sampled for a record."})
-    top_k: int = field(metadata={"help": "Sample from the k likeliest tokens."})
-    temperature: float = field(metadata={"help": "Temperature of the sampling."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+    encoder: str = field(
+        metadata={"help": "Sentence encoder of the orders nearest_* and farthest_*: a folder or a name."}
+    )
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the catalogue's embeddings are kept; left out, models/.embeddings."}
+    )
 
     def __post_init__(self):
-        super().__post_init__()
-        if self.temperature <= 0:
-            raise ValueError(f"--temperature: {self.temperature} must be above 0")
+        PreferenceArguments.__post_init__(self)
+        CandidateArguments.__post_init__(self)
+
+    def data_sets(self) -> dict[str, tuple[Selector, ...]]:
+        """Returns the selectors of each data set to write, by name.
+
+        Raises:
+            `InputError`: naming the selector or preset that does not exist.
+        """
+        own = {"negatives": parse_negatives(self.negatives)} if self.negatives else {}
+        return own | {name: find_preset(name) for name in self.presets}
 
 
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
-    data_dir = Path(script_args.data_dir)
-    files = {split: data_dir / f"{split}_sample.json" for split in SPLITS}
-    limits = {"train": script_args.max_train_samples, "valid": script_args.max_eval_samples}
-    whole = {split: read_records(files[split]) for split in SPLITS}
-    records = {split: whole[split][: limits[split]] for split in SPLITS}
-    selector = NegativeSelector(load_catalogue(data_dir), whole["train"], script_args.unknown_titles, script_args.seed)
-    data_sums = {split: sha256(file) for split, file in files.items()}
-    inputs = [*files.values(), *(data_dir / name for name in CATALOGUE_FILES)]
+    data_sets = script_args.data_sets()
+    selectors = list(dict.fromkeys([HARD, LONG_TAIL, *(each for chosen in data_sets.values() for each in chosen)]))
+    records, all_train = script_args.read_splits()
+    catalogue = load_catalogue(script_args.data_dir)
+    sampler = NegativeSampler(
+        catalogue,
+        all_train,
+        unknown_titles=script_args.unknown_titles,
+        fallback=script_args.fallback,
+        seed=script_args.seed,
+    )
+    data_sums = {split: sha256(file) for split, file in script_args.record_files.items()}
+    inputs = script_args.data_files
     if script_args.candidates:
         model_dir, adapter = None, ""
-        stored = read_candidates(Path(script_args.candidates), records, data_sums)
-        inputs.append(script_args.candidates)
+        proposals = read_candidates(Path(script_args.candidates), records, data_sums, selectors)
+        inputs.append(Path(script_args.candidates))
     else:
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
             check_adapter(adapter, model_dir)
+    by_similarity = any(selector.order in SIMILARITY_ORDERS for selector in selectors)
+    encoder_dir = find_encoder(script_args.encoder) if by_similarity else None
 
     with run_folder(
         script_args.output_dir,
         script=__file__,
-        arguments=asdict(script_args) | asdict(model_args),
+        arguments=asdict(script_args)
+        | asdict(model_args)
+        | {
+            "data_sets": {name: list(map(str, chosen)) for name, chosen in data_sets.items()},
+            "encoder_sha256": encoder_dir and encoder_fingerprint(encoder_dir),
+        },
         inputs=inputs,
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
         outputs=[
             "data/candidates.json",
-            *(f"data/{name}_{split}.json" for name in DATA_SETS for split in SPLITS),
+            *(f"data/{name}_{split}.json" for name in ("balanced", "negatives", *PRESETS) for split in SPLITS),
         ],
         scratch=["data/*.partial.jsonl"],
         overwrite=script_args.overwrite,
@@ -135,13 +191,11 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
 
         # -- Candidates -----------------------------------------------------------------------------------------------
         journals = {split: Journal(data / f"candidates_{split}.partial.jsonl", run.resumed) for split in SPLITS}
-        if script_args.candidates:
-            titles = stored
-        else:
+        if not script_args.candidates:
             decoder = load_decoder(model_dir, model_args)
-            titles = {
+            proposals = {
                 split: propose_titles(
-                    decoder, selector, records[split], split, journals[split], script_args, model_args
+                    decoder, sampler, records[split], split, journals[split], script_args, model_args.batch_size
                 )
                 for split in SPLITS
             }
@@ -149,97 +203,131 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
 
         candidates = {
             split: [
-                selector.describe(proposed, record)
-                for record, proposed in zip(records[split], titles[split], strict=True)
+                sampler.describe(proposed, record)
+                for record, proposed in zip(records[split], proposals[split], strict=True)
             ]
             for split in SPLITS
         }
-        write_json(data / "candidates.json", candidates_as_json(records, candidates, selector, data_sums))
+        write_json(data / "candidates.json", candidates_as_json(records, candidates, sampler, data_sums))
 
         # -- Negatives ------------------------------------------------------------------------------------------------
+        embeddings = None
+        if encoder_dir:
+            titles = titles_to_compare(records, candidates, sampler)
+            cache_dir = Path(script_args.cache_dir) if script_args.cache_dir else EMBEDDINGS_CACHE
+            embeddings = unit_vectors(titles, catalogue.titles, encoder_dir, cache_dir)
+        started = time.perf_counter()
+        chosen = {
+            split: [
+                sampler.select(selectors, proposed, record, split, index, embeddings)
+                for index, (record, proposed) in enumerate(zip(records[split], candidates[split], strict=True))
+            ]
+            for split in SPLITS
+        }
+        seconds = time.perf_counter() - started
+
+        # -- Output ---------------------------------------------------------------------------------------------------
         for split in SPLITS:
-            hard, long_tail = (
-                [
-                    choose(proposed, record, split, index)
-                    for index, (record, proposed) in enumerate(zip(records[split], candidates[split], strict=True))
-                ]
-                for choose in (selector.hard, selector.long_tail)
-            )
-            data_sets: dict[str, list[dict[str, Any]]] = {name: [] for name in DATA_SETS}
-            for record, inside, outside in zip(records[split], hard, long_tail, strict=True):
-                both = list(dict.fromkeys((inside.title, outside.title)))  # one title, where both fell back on it
-                negatives = {"hard_negatives": [inside.title], "long_tail_negatives": [outside.title]}
-                data_sets["balanced"].append(asdict(record) | negatives)
-                data_sets["dpo_hard"].append(preference_record(record, [inside.title]))
-                data_sets["dpo_long_tail"].append(preference_record(record, [outside.title]))
-                data_sets["dpo_two_negatives"].append(preference_record(record, both))
-            for name, rows in data_sets.items():
-                write_json(data / f"{name}_{split}.json", rows)
+            balanced = [
+                record.to_dict()
+                | {"hard_negatives": titles_of(taken, [HARD]), "long_tail_negatives": titles_of(taken, [LONG_TAIL])}
+                for record, taken in zip(records[split], chosen[split], strict=True)
+            ]
+            write_json(data / f"balanced_{split}.json", balanced)
             run.counts[split] = {
-                **sampling_counts(records[split], candidates[split], selector, script_args.num_candidates),
-                "hard_negatives": fallback_counts(hard),
-                "long_tail_negatives": fallback_counts(long_tail),
-                "same_title_twice": sum(a.title == b.title for a, b in zip(hard, long_tail, strict=True)),
+                **sampling_counts(records[split], candidates[split], sampler, script_args.num_candidates),
+                "selectors": {
+                    str(selector): selection_counts([taken[selector] for taken in chosen[split]], selector.count)
+                    for selector in selectors
+                },
+                "data_sets": {},
             }
+            for name, own in data_sets.items():
+                negatives = [titles_of(taken, own) for taken in chosen[split]]
+                rows = [
+                    preference_record(record, titles)
+                    for record, titles in zip(records[split], negatives, strict=True)
+                    if titles
+                ]
+                write_json(data / f"{name}_{split}.json", rows)
+                titles = sum(map(len, negatives))
+                run.counts[split]["data_sets"][name] = {
+                    "records": len(rows),
+                    "left_out": len(negatives) - len(rows),
+                    "titles": titles,
+                    "chosen_twice": sum(len(taken[each]) for taken in chosen[split] for each in own) - titles,
+                }
         for journal in journals.values():
             journal.remove()
         print_summary(run.counts)
+        print(f"{len(data_sets)} data sets of {sum(map(len, records.values()))} records chosen in {seconds:.2f} s")
 
 
 def propose_titles(
     decoder: Decoder,
-    selector: NegativeSelector,
+    sampler: NegativeSampler,
     records: list[Record],
     split: str,
     journal: Journal,
-    script_args: ScriptArguments,
-    model_args: DecodingArguments,
-) -> list[list[str]]:
-    """Samples titles for each record until one can be its hard negative, at most `max_candidates` (rule 2).
+    args: CandidateArguments,
+    batch_size: int,
+) -> list[list[tuple[str, float]]]:
+    """Proposes titles for each record; sampling goes on until one can be its hard negative (rule 2).
 
     The random numbers of a record come from its split and place alone, not from the batch that it is decoded in.
+
+    Returns:
+        For each record its titles in the order generated, each with its log-probability.
     """
 
-    def titles_of(branches: list[list[int]]) -> list[str]:
-        return [predicted_title(decoder.decode(ids)) for ids in branches]
-
-    def sample(prompts: Sequence[list[int]], start: int) -> list[list[str]]:
-        def accept(index: int, branches: list[list[int]]) -> bool:
+    def propose(prompts: Sequence[list[int]], start: int) -> list[list[tuple[str, float]]]:
+        def accept(index: int, titles: list[str]) -> bool:
             record = records[start + index]
-            return selector.has_match(selector.describe(titles_of(branches), record), record)
+            return sampler.has_match(sampler.describe(((title, None) for title in titles), record), record)
 
-        found = sample_until(
-            decoder.model,
-            list(prompts),
+        proposed = decoder.propose(
+            prompts,
+            args,
+            titles=sampler.catalogue.titles if args.constrained else None,
+            seeds=[record_seed(args.seed, split, start + index) for index in range(len(prompts))],
             accept=accept,
-            seeds=[record_seed(script_args.seed, split, start + index) for index in range(len(prompts))],
-            num_branches=script_args.num_candidates,
-            max_branches=script_args.max_candidates,
-            top_k=min(script_args.top_k, decoder.model.config.vocab_size),
-            temperature=script_args.temperature,
-            max_new_tokens=decoder.max_new_tokens,
-            stop_token_ids=decoder.stop_token_ids,
-            rows=decoder.rows,
         )
-        return [titles_of(branches) for _, branches in sorted(found)]
+        return [[(title, round(log_prob, LOG_PROB_DECIMALS)) for title, log_prob in found] for found in proposed]
 
     prompts = decoder.encode([record.prompt for record in records])
-    return run_in_batches(prompts, model_args.batch_size, sample, journal, f"candidates, {split}")
+    return run_in_batches(prompts, batch_size, propose, journal, f"candidates, {split}")
+
+
+def titles_to_compare(
+    records: dict[str, list[Record]], candidates: dict[str, list[list[Candidate]]], sampler: NegativeSampler
+) -> list[str]:
+    """Returns the titles whose embeddings selectors may ask for: targets, histories, and what may be a negative."""
+    titles: list[str] = []
+    for split in SPLITS:
+        for record, proposed in zip(records[split], candidates[split], strict=True):
+            titles += [record.target, *record.history]
+            titles += [candidate.title for candidate in sampler.eligible(proposed, record)]
+    return list(dict.fromkeys(titles))
+
+
+def titles_of(taken: dict[Selector, list[Selection]], selectors: Iterable[Selector]) -> list[str]:
+    """Returns the titles that some selectors took for a record, in their order; one that several took stands once."""
+    return list(dict.fromkeys(selection.title for selector in selectors for selection in taken[selector]))
 
 
 def candidates_as_json(
     records: dict[str, list[Record]],
     candidates: dict[str, list[list[Candidate]]],
-    selector: NegativeSelector,
+    sampler: NegativeSampler,
     data_sums: dict[str, str],
 ) -> dict[str, Any]:
-    """Returns what `candidates.json` holds: every candidate in the order sampled, and the cluster of its record."""
+    """Returns what `candidates.json` holds: every candidate in the order generated, and the cluster of its record."""
     stored: dict[str, Any] = {"data_sha256": data_sums}
     for split in SPLITS:
         stored[split] = [
             {
                 "record": index,
-                "cluster": interest_cluster(record.history, selector.catalogue),
+                "cluster": interest_cluster(record.history, sampler.catalogue),
                 "candidates": [{"order": order, **asdict(candidate)} for order, candidate in enumerate(proposed)],
             }
             for index, (record, proposed) in enumerate(zip(records[split], candidates[split], strict=True))
@@ -248,31 +336,44 @@ def candidates_as_json(
 
 
 def read_candidates(
-    path: Path, records: dict[str, list[Record]], data_sums: dict[str, str]
-) -> dict[str, list[list[str]]]:
-    """Reads the titles of a stored `candidates.json`.
+    path: Path, records: dict[str, list[Record]], data_sums: dict[str, str], selectors: Iterable[Selector]
+) -> dict[str, list[list[tuple[str, float | None]]]]:
+    """Reads the titles of a stored `candidates.json` and their log-probabilities, `None` where it has none.
 
     Raises:
-        `InputError`: if the file is of another form, or belongs to other records.
+        `InputError`: if the file is of another form, belongs to other records, or lacks what a selector needs.
     """
     stored = read_json(path)
-    titles = {}
+    by_likelihood = next((selector for selector in selectors if selector.order == "likely"), None)
+    proposals = {}
     for split in SPLITS:
         try:
-            titles[split] = [[candidate["title"] for candidate in entry["candidates"]] for entry in stored[split]]
+            proposals[split] = [
+                [(candidate["title"], candidate.get("log_prob")) for candidate in entry["candidates"]]
+                for entry in stored[split]
+            ]
             same_data = stored["data_sha256"][split] == data_sums[split]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: is not a candidates.json of this script ({split}: {error!r})") from error
-        if not all(isinstance(title, str) for proposed in titles[split] for title in proposed):
-            raise InputError(f"{path}: a title of {split} is not text; give a candidates.json of this script")
-        if not same_data or len(titles[split]) < len(records[split]):
+        for index, proposed in enumerate(proposals[split]):
+            for title, log_prob in proposed:
+                if not isinstance(title, str):
+                    raise InputError(f"{path}: a title of {split} is not text; give a candidates.json of this script")
+                if log_prob is None and by_likelihood:
+                    raise InputError(
+                        f"{path}: {split}, record {index}: {title!r} has no log_prob, which {by_likelihood} needs; "
+                        "generate the candidates again"
+                    )
+                if log_prob is not None and not (isinstance(log_prob, float | int) and math.isfinite(log_prob)):
+                    raise InputError(f"{path}: {split}, record {index}: log_prob of {title!r} is not a number")
+        if not same_data or len(proposals[split]) < len(records[split]):
             raise InputError(f"{path}: was made from another {split}_sample.json; give the data folder it belongs to")
-        titles[split] = titles[split][: len(records[split])]
-    return titles
+        proposals[split] = proposals[split][: len(records[split])]
+    return proposals
 
 
 def sampling_counts(
-    records: list[Record], candidates: list[list[Candidate]], selector: NegativeSelector, num_candidates: int
+    records: list[Record], candidates: list[list[Candidate]], sampler: NegativeSampler, num_candidates: int
 ) -> dict[str, Any]:
     """Returns how the sampling went: matches, rounds, and how many candidates exist."""
     rounds = [-(-len(proposed) // num_candidates) for proposed in candidates]
@@ -280,7 +381,7 @@ def sampling_counts(
     return {
         "records": len(records),
         "with_match": sum(
-            selector.has_match(proposed, record) for record, proposed in zip(records, candidates, strict=True)
+            sampler.has_match(proposed, record) for record, proposed in zip(records, candidates, strict=True)
         ),
         "rounds": {str(number): rounds.count(number) for number in sorted(set(rounds))},
         "candidates": total,
@@ -294,12 +395,18 @@ def print_summary(counts: dict[str, Any]) -> None:
         rounds = ", ".join(f"{number}: {records}" for number, records in figures["rounds"].items())
         share = figures["candidates_in_catalogue"] / max(figures["candidates"], 1)
         print(f"{split}: {figures['with_match']} of {figures['records']} records have a candidate inside the cluster")
-        print(f"  rounds of sampling needed (rounds: records)  {rounds}")
-        print(f"  candidates in the catalogue                  {share:.1%} of {figures['candidates']}")
-        for kind in ("hard_negatives", "long_tail_negatives"):
-            drawn = figures[kind]["random_candidate"] + figures[kind]["random_catalogue_title"]
-            unknown = figures[kind]["not_in_catalogue"]
-            print(f"  {kind:<43}  {drawn} drawn at random, {unknown} not in the catalogue")
+        print(f"  rounds of candidates needed (rounds: records)  {rounds}")
+        print(f"  candidates in the catalogue                    {share:.1%} of {figures['candidates']}")
+        for selector, taken in figures["selectors"].items():
+            drawn = taken["random_candidate"] + taken["random_catalogue_title"]
+            unknown = taken["not_in_catalogue"]
+            print(
+                f"  {selector:<45}  {taken['titles']} titles, {drawn} drawn at random, {unknown} not in the catalogue"
+            )
+        for name, written in figures["data_sets"].items():
+            records, titles, left_out = written["records"], written["titles"], written["left_out"]
+            skipped = f", {left_out} records left out" if left_out else ""
+            print(f"  {f'{name}_{split}.json':<45}  {records} records, {titles} negatives{skipped}")
 
 
 def make_parser() -> ScriptParser:

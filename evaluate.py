@@ -2,7 +2,8 @@ r"""
 Stage 5: evaluation. Predictions become recommendations, and these a row in the one CSV of all methods.
 
 A prediction stands for the k titles of the catalogue that are nearest to it by a sentence encoder (BIGRec, SPRec); a
-record with a ranking of its own is taken at its word.
+record with a ranking of its own is taken at its word. Every figure gets a 95 % interval, and the rows of the table are
+tested against one of them; what each user got is kept beside the CSV.
 
 # The default, configs/evaluate.yaml, on the predictions of the default run
 ```bash
@@ -20,27 +21,75 @@ python evaluate.py --predictions predictions.json --data_dir sampled_data/goodre
     --encoder paraphrase-MiniLM-L3-v2 --topk 5 10 20 --metrics_json output/sft/metrics.json
 ```
 
+# What each user got in a file of your own, and titles of the history left out of the recommendations
+```bash
+python evaluate.py --per_user output/sft/users.parquet --exclude_history
+```
+
 # The table alone
 ```bash
-python -m cebs.results output/results.csv
+python -m cebs.results output/results.csv --reference SFT
 ```
 """
 
 import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cebs.catalogue import Catalogue, load_catalogue
+from cebs.catalogue import exposure_counts, load_catalogue
 from cebs.grounding import EMBEDDINGS_CACHE, encoder_fingerprint, ground
-from cebs.metrics import METRICS_AT_K, NOT_IN_CATALOGUE, evaluate_rankings, genre_weights
+from cebs.metrics import (
+    EXPOSURE_GROUPS,
+    METRICS_AT_K,
+    NOT_IN_CATALOGUE,
+    NOTHING,
+    TAIL_METRICS_AT_K,
+    EvaluationSet,
+    genre_weights,
+    hit_ranks,
+    hits_at,
+    ndcg_at,
+    record_sums,
+)
+from cebs.per_user import check_per_user, per_user_file, write_per_user
 from cebs.prompts import predicted_title, quoted_titles
-from cebs.results import print_results, read_results, update_results
+from cebs.results import print_results, read_results, results_columns, update_results
 from cebs.sources import find_encoder
-from utils import InputError, ScriptParser, read_list, require_done, run_script, sha256, write_json
+from cebs.statistics import intervals, number_users
+from utils import (
+    InputError,
+    ScriptParser,
+    _earlier_runs,
+    read_list,
+    read_records,
+    read_user,
+    require_done,
+    run_script,
+    sha256,
+    write_json,
+)
+
+EXPOSURE_FILE = "train_sample.json"
+PREDICTING = ("generate_predict_batch.py", "predict_baselines.py")
+# why a figure is empty
+NO_LIST = "no record whose target is in the catalogue has a recommendation"
+NO_GENRE = "no title of the histories, or none of the recommendations, has a genre that counts"
+REASONS = {
+    "DivRatio": NO_LIST,
+    "ORRatio": NO_LIST,
+    "Gini": NO_LIST,
+    "Coverage": NO_LIST,
+    "DGU": NO_GENRE,
+    "MGU": NO_GENRE,
+}
+REASONS |= {
+    f"{metric}_{group}": f"no target is of the {group}" for metric in ("NDCG", "HR") for group in EXPOSURE_GROUPS
+}
 
 
 @dataclass
@@ -54,10 +103,15 @@ class ScriptArguments:
         encoder (`str`): sentence encoder that finds the nearest titles.
         topk (`list[int]`): how many titles are recommended; a set of figures for each.
         results_csv (`str`): the one CSV of all methods.
-        seed (`int`): recorded; the evaluation makes no random choice.
+        bootstrap (`int`): resamples of the users for the 95 % intervals; 0 for none.
+        seed (`int`): seed of the bootstrap.
+        exclude_history (`bool`, *optional*, defaults to `False`): leave titles of a record's history out of what is
+            recommended to it.
+        reference (`str`, *optional*): the method that the others in the table are tested against.
         dataset (`str`, *optional*): name of the data set in the CSV.
         method (`str`, *optional*): name of the method in the CSV.
         metrics_json (`str`, *optional*): file for the figures and where they come from.
+        per_user (`str`, *optional*): file for what each record got, JSON or Parquet, besides the one beside the CSV.
         cache_dir (`str`, *optional*): folder where the catalogue's embeddings are kept.
     """
 
@@ -66,7 +120,14 @@ class ScriptArguments:
     encoder: str = field(metadata={"help": "Sentence encoder that finds the nearest titles: a folder or a name."})
     topk: list[int] = field(metadata={"help": "How many titles are recommended; a set of figures for each."})
     results_csv: str = field(metadata={"help": "The one CSV of all methods; the row of (dataset, method) is updated."})
-    seed: int = field(metadata={"help": "Recorded; the evaluation makes no random choice."})
+    bootstrap: int = field(metadata={"help": "Resamples of the users for the 95 %% intervals; 0: no intervals."})
+    seed: int = field(metadata={"help": "Seed of the bootstrap."})
+    exclude_history: bool = field(
+        default=False, metadata={"help": "Leave titles of a record's history out of what is recommended to it."}
+    )
+    reference: str | None = field(
+        default=None, metadata={"help": "The method that the others in the table are tested against; left out, SFT."}
+    )
     dataset: str | None = field(
         default=None, metadata={"help": "Name of the data set in the CSV; left out, the data folder's."}
     )
@@ -77,6 +138,13 @@ class ScriptArguments:
     metrics_json: str | None = field(
         default=None, metadata={"help": "File for the figures and where they come from, besides the CSV."}
     )
+    per_user: str | None = field(
+        default=None,
+        metadata={
+            "help": "File for what each record got, .json or .parquet, besides per_user/<dataset>/<method>.json "
+            "in the CSV's folder."
+        },
+    )
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where the catalogue's embeddings are kept; left out, models/.embeddings."}
     )
@@ -85,8 +153,7 @@ class ScriptArguments:
 def main(script_args: ScriptArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
     topk = sorted(set(script_args.topk))
-    if topk[0] < 1:
-        raise InputError(f"--topk: {topk[0]} is not a number of titles; give 1 or more")
+    check_arguments(script_args)
     predictions_file = find_predictions(script_args.predictions)
     dataset = script_args.dataset or Path(script_args.data_dir).resolve().name
     method = script_args.method or default_method(predictions_file)
@@ -94,57 +161,116 @@ def main(script_args: ScriptArguments) -> None:
     require_done(predictions_file)
     catalogue = load_catalogue(script_args.data_dir)
     ids = {title: index for index, title in enumerate(catalogue.titles)}
-    rankings = read_rankings(predictions_file, records, ids, topk[-1])
+    histories = [[ids[title] for title in quoted_titles(record["prompt"]) if title in ids] for record in records]
+    exclude_history = script_args.exclude_history or ranked_without_history(predictions_file)
+    excluded = [set(history) if exclude_history else set() for history in histories]
+    rankings = read_rankings(predictions_file, records, ids, excluded, topk[-1])
     read_results(script_args.results_csv)  # complains now rather than after the encoder's work
-    if script_args.metrics_json and Path(script_args.metrics_json).is_dir():
-        raise InputError(f"{script_args.metrics_json}: is a folder; give --metrics_json a file")
+    exposure_file = Path(script_args.data_dir) / EXPOSURE_FILE
+    exposed = exposure_counts(read_records(exposure_file)) if exposure_file.is_file() else None
 
     # -- Recommendations ----------------------------------------------------------------------------------------------
     titles = [predicted_title(record["prediction"]) for record in records]
-    ranked = np.empty((len(records), min(topk[-1], len(ids))), np.int64)  # [N, K]
-    for index, ranking in rankings.items():
-        ranked[index] = ranking
     grounded = [index for index in range(len(records)) if index not in rankings]
     encoder = None
     if grounded:
         encoder_dir = find_encoder(script_args.encoder)
         encoder = {"name": encoder_name(script_args.encoder), "sha256": encoder_fingerprint(encoder_dir)}
         cache_dir = Path(script_args.cache_dir) if script_args.cache_dir else EMBEDDINGS_CACHE
-        ranked[grounded] = ground(
-            [titles[index] for index in grounded], catalogue.titles, encoder_dir, topk[-1], cache_dir
-        )
+        depth = topk[-1] + max(len(excluded[index]) for index in grounded)
+        nearest = ground([titles[index] for index in grounded], catalogue.titles, encoder_dir, depth, cache_dir)
+        for index, ranking in zip(grounded, nearest.tolist(), strict=True):
+            rankings[index] = [title for title in ranking if title not in excluded[index]][: topk[-1]]
+    ranked = np.full((len(records), min(topk[-1], len(ids))), NOTHING)  # [N, K]
+    for index, ranking in rankings.items():
+        ranked[index, : len(ranking)] = ranking
 
     # -- Figures ------------------------------------------------------------------------------------------------------
-    targets = np.array([target_id(record["ground_truth"], ids) for record in records])  # [N]
-    if (targets == NOT_IN_CATALOGUE).all():
-        print(f"note: no target of {predictions_file} is in the catalogue; does it belong to {script_args.data_dir}?")
+    target_titles, targets = targets_of(records, ids)
     weights = genre_weights(map(catalogue.genres_of, catalogue.titles), catalogue.counted_genres)  # [M, G]
-    figures = evaluate_rankings(ranked, targets, count_histories(records, catalogue), weights, topk)
-    not_in_ratio = sum(title not in catalogue for title in titles) / len(titles)
-    protocol = "grounded" if not rankings else "mixed" if grounded else "ranked"
+    evaluation_set = EvaluationSet(
+        targets=targets,
+        history_genres=np.stack([weights[history].sum(axis=0) for history in histories]),
+        genre_weights=weights,
+        exposure=None if exposed is None else np.array([exposed[title] for title in catalogue.titles]),
+        target_exposure=None if exposed is None else np.array([exposed[title] for title in target_titles]),
+    )
+    is_invented = np.array([title not in catalogue for title in titles])
+    users = number_users([record["user"] for record in records])
+    figures, spans = {}, {}  # by column: the figure, and both ends of its interval
+    for k in topk:
+        sums = record_sums(ranked, is_invented, evaluation_set, k)
+        figures |= {column_at(metric, k): figure for metric, figure in sums.figures().items()}
+        if script_args.bootstrap:
+            ends = intervals(sums.by_user(users), script_args.bootstrap, script_args.seed)
+            spans |= {column_at(metric, k): low_and_high for metric, low_and_high in ends.items()}
+    notes = explain_gaps(figures, spans)
+    if exposed is None:
+        notes.append(f"Coverage and accuracy by exposure: the data folder has no {EXPOSURE_FILE}")
+    if (targets == NOT_IN_CATALOGUE).all():
+        notes.append(f"no target is in the catalogue; do the predictions belong to {script_args.data_dir}?")
 
     # -- Output -------------------------------------------------------------------------------------------------------
-    row: dict[str, str | int | float] = {"Dataset": dataset, "Model": method}
-    row |= {f"{metric}@{k}": figures[k][metric] for k in topk for metric in METRICS_AT_K}
-    row |= {"NotInRatio": not_in_ratio, "Users": len(records), "Encoder": encoder["name"] if encoder else ""}
-    row |= {"Protocol": protocol}
+    protocol = "ranked" if not grounded else "grounded" if len(grounded) == len(records) else "mixed"
+    protocol += ", no history" if exclude_history else ""
+    row: dict[str, str | int | float] = dict.fromkeys(results_columns(topk), math.nan) | figures
+    row |= {f"{column}_low": low for column, (low, _) in spans.items()}
+    row |= {f"{column}_high": high for column, (_, high) in spans.items()}
+    row |= {"Dataset": dataset, "Model": method, "Users": len(records), "Encoder": encoder["name"] if encoder else ""}
+    row |= {"Protocol": protocol, "Notes": "; ".join(notes)}
+    origin = {
+        "dataset": dataset,
+        "method": method,
+        "protocol": protocol,
+        "predictions": {"file": str(predictions_file), "sha256": sha256(predictions_file)},
+    }
     if script_args.metrics_json:
-        at_k = {f"@{k}": {**figures[k], "NotInRatio": not_in_ratio} for k in topk}
-        origin = {
-            "dataset": dataset,
-            "method": method,
-            "protocol": protocol,
+        more = {
+            "intervals": spans,
+            "notes": notes,
             "encoder": encoder,
-            "predictions": {"file": str(predictions_file), "sha256": sha256(predictions_file)},
             "targets_in_catalogue": int((targets != NOT_IN_CATALOGUE).sum()),
             "titles": len(ids),
+            "distinct_users": int(users.max()) + 1,
             "arguments": asdict(script_args),
         }
-        write_metrics(script_args.metrics_json, at_k | origin)
+        write_metrics(script_args.metrics_json, figures_by_k(figures, topk, len(records)) | origin | more)
+    content = origin | {
+        "encoder": row["Encoder"] or None,
+        "topk": topk,
+        "seed": script_args.seed,
+        "data_dir": script_args.data_dir,
+        "users": per_user_records(records, titles, target_titles, ranked, evaluation_set, catalogue.titles, topk),
+    }
+    for path in filter(None, (per_user_file(script_args.results_csv, dataset, method), script_args.per_user)):
+        write_per_user(path, content)
     notices = update_results(script_args.results_csv, row)
-    print_results(script_args.results_csv, dataset)
-    print(*(f"note: {notice}" for notice in notices), sep="\n", end="\n" if notices else "")
+    print_results(script_args.results_csv, dataset, script_args.reference)
+    for notice in (*notes, *notices):
+        print(f"note: {notice}")
     print(f"written to {script_args.results_csv}: {dataset}, {method}")
+
+
+def check_arguments(script_args: ScriptArguments) -> None:
+    """Checks what can be checked before anything is read.
+
+    Raises:
+        `InputError`: naming the flag.
+    """
+    if min(script_args.topk) < 1:
+        raise InputError(f"--topk: {min(script_args.topk)} is not a number of titles; give 1 or more")
+    for name, value in (("bootstrap", script_args.bootstrap), ("seed", script_args.seed)):
+        if value < 0:
+            raise InputError(f"--{name}: {value} is below 0; give 0 or more")
+    if script_args.metrics_json and Path(script_args.metrics_json).is_dir():
+        raise InputError(f"{script_args.metrics_json}: is a folder; give --metrics_json a file")
+    if script_args.per_user:
+        check_per_user(script_args.per_user)
+
+
+def column_at(metric: str, k: int) -> str:
+    """Returns the column of a figure; the share of invented titles is the same at every k."""
+    return metric if metric == "NotInRatio" else f"{metric}@{k}"
 
 
 def find_predictions(path: str) -> Path:
@@ -177,7 +303,7 @@ def encoder_name(name_or_path: str) -> str:
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Reads prediction records.
+    """Reads prediction records; `user` is empty where a record does not say whose it is.
 
     Raises:
         `InputError`: naming the first record that lacks a key or holds something else than text.
@@ -188,8 +314,10 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
         for key in keys:
             if not isinstance(record[key], str):
                 raise InputError(f"{path}: record {index}: {key!r} must be text, not {type(record[key]).__name__}")
-        if not is_unicode(record["prediction"]):
-            raise InputError(f"{path}: record {index}: 'prediction' holds half a character (a lone surrogate)")
+        record["user"] = read_user(record, f"{path}: record {index}")
+        for key in ("prediction", "ground_truth", "user"):
+            if not is_unicode(record[key]):
+                raise InputError(f"{path}: record {index}: {key!r} holds half a character (a lone surrogate)")
     return records
 
 
@@ -202,14 +330,15 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-def read_rankings(path: Path, records: list[dict[str, Any]], ids: dict[str, int], k: int) -> dict[int, list[int]]:
-    """Returns the first k title ids of each record that has a ranking, by the record's place.
+def read_rankings(
+    path: Path, records: list[dict[str, Any]], ids: dict[str, int], excluded: Sequence[set[int]], k: int
+) -> dict[int, list[int]]:
+    """Returns the first k title ids of each record that has a ranking, without those excluded, by the record's place.
 
     Raises:
         `InputError`: naming the record whose ranking is too short, or holds a title twice or one not in the catalogue.
     """
     rankings = {}
-    k = min(k, len(ids))
     for index, record in enumerate(records):
         if "ranking" not in record:
             continue
@@ -219,25 +348,96 @@ def read_rankings(path: Path, records: list[dict[str, Any]], ids: dict[str, int]
         for title in ranking:
             if title not in ids:
                 raise InputError(f"{path}: record {index}: {title!r} of its ranking is not in the catalogue")
-        if len(ranking) < k:
-            raise InputError(f"{path}: record {index}: its ranking has {len(ranking)} titles, fewer than --topk {k}")
         if len(set(ranking)) < len(ranking):
             twice = Counter(ranking).most_common(1)[0][0]
             raise InputError(f"{path}: record {index}: its ranking has {twice!r} more than once; keep the first")
-        rankings[index] = [ids[title] for title in ranking[:k]]
+        left = [ids[title] for title in ranking if ids[title] not in excluded[index]]
+        if len(left) < min(k, len(ids) - len(excluded[index])):
+            which = " that are not in its history" if excluded[index] else ""
+            raise InputError(
+                f"{path}: record {index}: its ranking has {len(left)} titles{which}, fewer than --topk {k}; "
+                "rank more titles or give a smaller --topk"
+            )
+        rankings[index] = left[:k]
     return rankings
 
 
-def target_id(ground_truth: str, ids: dict[str, int]) -> int:
-    """Returns the id of a target, which may stand in quotes as it does in a test record; -1 if not in the catalogue."""
-    unquoted = ground_truth.strip().removeprefix('"').removesuffix('"')
-    return ids.get(ground_truth, ids.get(unquoted, NOT_IN_CATALOGUE))
+def ranked_without_history(predictions_file: Path) -> bool:
+    """Says whether the run that wrote the rankings left each record's history out, as its `run.json` tells."""
+    runs = _earlier_runs(predictions_file.absolute().parents[1])
+    return any(runs[script]["arguments"].get("exclude_history", False) for script in PREDICTING if script in runs)
 
 
-def count_histories(records: list[dict[str, Any]], catalogue: Catalogue) -> np.ndarray:
-    """Returns how often each title occurs in the histories of all prompts: `[M]`."""
-    counts = Counter(title for record in records for title in quoted_titles(record["prompt"]))
-    return np.array([counts[title] for title in catalogue.titles])
+def targets_of(records: Sequence[Mapping[str, Any]], ids: dict[str, int]) -> tuple[list[str], np.ndarray]:
+    """Returns the targets' titles, which may stand in quotes as they do in a test record, and their ids.
+
+    Returns:
+        `tuple[list[str], np.ndarray]`: N titles, and `[N]` ids, -1 for a title that is not in the catalogue.
+    """
+    titles = []
+    for record in records:
+        unquoted = record["ground_truth"].strip().removeprefix('"').removesuffix('"')
+        titles.append(record["ground_truth"] if record["ground_truth"] in ids else unquoted)
+    return titles, np.array([ids.get(title, NOT_IN_CATALOGUE) for title in titles])
+
+
+def figures_by_k(figures: Mapping[str, float], topk: Sequence[int], num_records: int) -> dict[str, Any]:
+    """Returns the figures as `--metrics_json` has them: SPRec's under `@k`, those of the tail under `tail`."""
+    by_k: dict[str, Any] = {}
+    for k in topk:
+        by_k[f"@{k}"] = {"users": num_records}
+        by_k[f"@{k}"] |= {metric: figures[column_at(metric, k)] for metric in (*METRICS_AT_K, "NotInRatio")}
+    tail = {
+        column_at(metric, k): figures.get(column_at(metric, k), math.nan) for k in topk for metric in TAIL_METRICS_AT_K
+    }
+    return by_k | {"tail": tail}
+
+
+def explain_gaps(figures: Mapping[str, float], spans: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Returns why figures and intervals are empty, a sentence for each reason."""
+    columns_of: dict[str, list[str]] = {}
+    for column, figure in figures.items():
+        if not math.isfinite(figure):
+            columns_of.setdefault(REASONS[column.split("@")[0]], []).append(column)
+    no_span = [column for column, ends in spans.items() if math.isfinite(figures[column]) and math.isnan(ends[0])]
+    if no_span:
+        columns_of["no interval, for the resamples do not differ, or some have no such record"] = no_span
+    return [f"{', '.join(columns)}: {reason}" for reason, columns in columns_of.items()]
+
+
+def per_user_records(
+    records: Sequence[Mapping[str, Any]],
+    predictions: Sequence[str],
+    target_titles: Sequence[str],
+    ranked: np.ndarray,
+    evaluation_set: EvaluationSet,
+    catalogue_titles: Sequence[str],
+    topk: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Returns what each record got, as `cebs.per_user` describes it."""
+    ranks = hit_ranks(ranked, evaluation_set.targets)  # [N]
+    hits = {str(k): hits_at(ranks, k).astype(int).tolist() for k in topk}
+    ndcgs = {str(k): ndcg_at(ranks, k).tolist() for k in topk}
+    is_known = evaluation_set.exposure is not None
+    exposures = evaluation_set.target_exposure.tolist() if is_known else [None] * len(records)
+    groups = [EXPOSURE_GROUPS[place] for place in evaluation_set.target_groups()] if is_known else [""] * len(records)
+    known = set(catalogue_titles)
+    return [
+        {
+            "record": index,
+            "user": record["user"],
+            "target": target_titles[index],
+            "target_exposure": exposures[index],
+            "exposure_group": groups[index],
+            "rank": int(ranks[index]) if ranks[index] >= 0 else None,
+            "hit": {k: of_records[index] for k, of_records in hits.items()},
+            "ndcg": {k: of_records[index] for k, of_records in ndcgs.items()},
+            "prediction": predictions[index],
+            "in_catalogue": predictions[index] in known,
+            "recommended": [catalogue_titles[title] for title in ranked[index].tolist() if title != NOTHING],
+        }
+        for index, record in enumerate(records)
+    ]
 
 
 def write_metrics(path: str, metrics: dict[str, Any]) -> None:
@@ -246,13 +446,19 @@ def write_metrics(path: str, metrics: dict[str, Any]) -> None:
     Raises:
         `InputError`: if the file cannot be written.
     """
-    for name, value in metrics.items():
-        if name.startswith("@"):
-            metrics[name] = {metric: figure if math.isfinite(figure) else None for metric, figure in value.items()}
     try:
-        write_json(path, metrics)
+        write_json(path, without_nan(metrics))
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}; give another --metrics_json") from error
+
+
+def without_nan(value: Any) -> Any:
+    """Returns nested dictionaries and sequences with `None` for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_parser() -> ScriptParser:

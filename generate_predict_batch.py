@@ -17,6 +17,12 @@ python generate_predict_batch.py --adapter "" --output_dir output/origin
 python generate_predict_batch.py --decoding constrained_beam --num_beams 20 --output_dir output/beams
 ```
 
+# The same, calibrated: what the model would say without a history counts against a title; history titles are left out
+```bash
+python generate_predict_batch.py --decoding constrained_beam --calibration 0.4 --exclude_history \\
+    --output_dir output/calibrated_beams
+```
+
 Interrupted and started again with the same flags, it goes on after the last finished batch.
 """
 
@@ -26,12 +32,13 @@ from pathlib import Path
 from typing import Any
 
 from cebs.branches import beam_search
+from cebs.calibration import PRIORS_CACHE, kept_edge_priors
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
-from cebs.prompts import Record, encode_completion, quote
+from cebs.prompts import Record, build_prompt, quote
 from cebs.sources import find_model
-from cebs.trie import build_trie
 from utils import (
+    InputError,
     RunArguments,
     ScriptParser,
     base_fingerprint,
@@ -52,6 +59,11 @@ class ScriptArguments(RunArguments):
         data_dir (`str`): data folder with `test_sample.json` and, for constrained beams, the catalogue.
         decoding (`str`): `greedy` writes the model's answer, `constrained_beam` its ranking of the catalogue too.
         num_beams (`int`): width of the beam search, and titles in a ranking.
+        calibration (`float`): weight of a title's log-probability without a history, which is taken off its score
+            (see `cebs.calibration`). It is computed once for a model and catalogue, and kept.
+        exclude_history (`bool`, *optional*, defaults to `False`): leave the titles of a user's own history out of the
+            ranking. The search is wider then, by as many beams as the longest history has titles.
+        cache_dir (`str`, *optional*): folder where the log-probabilities without a history are kept.
         max_predict_samples (`int`, *optional*): use only the first test records.
     """
 
@@ -63,7 +75,23 @@ class ScriptArguments(RunArguments):
         }
     )
     num_beams: int = field(metadata={"help": "Width of the beam search, and titles in a ranking."})
+    calibration: float = field(
+        metadata={"help": "Weight of a title's log-probability without a history, taken off its score."}
+    )
+    exclude_history: bool = field(default=False, metadata={"help": "Leave a user's own history out of the ranking."})
+    cache_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder where log-probabilities without a history are kept. Left out: models/.priors."},
+    )
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first test records."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.calibration < 0:
+            raise ValueError(f"--calibration: {self.calibration} must be 0 or more")
+        for name in ("calibration", "exclude_history"):
+            if vars(self)[name] and self.decoding != "constrained_beam":
+                raise ValueError(f"--{name}: is for rankings; give --decoding constrained_beam with it")
 
 
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
@@ -72,9 +100,17 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     test_file = data_dir / "test_sample.json"
     records = read_records(test_file)[: script_args.max_predict_samples]
     inputs = [test_file]
+    instructions = {record.instruction for record in records}
+    if script_args.calibration and len(instructions) > 1:
+        raise InputError(f"{test_file}: has {len(instructions)} different instructions; --calibration needs one")
     if script_args.decoding == "constrained_beam":
         titles = load_catalogue(data_dir).titles
         inputs += [data_dir / name for name in CATALOGUE_FILES]
+        if script_args.exclude_history:
+            catalogue = set(titles)
+            for index, record in enumerate(records):
+                if catalogue.issubset(record.history):
+                    raise InputError(f"{test_file}: record {index}: its history is the whole catalogue; none is left")
     model_dir = find_model(model_args.model_name_or_path)
     if model_args.adapter:
         check_adapter(model_args.adapter, model_dir)
@@ -103,31 +139,42 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
 
             def predict(batch: Sequence[tuple[Record, list[int]]], start: int) -> list[dict[str, Any]]:
                 answers = decoder.greedy([prompt for _, prompt in batch])
-                return [
-                    {"prompt": record.prompt, "prediction": answer, "ground_truth": record.target}
-                    for (record, _), answer in zip(batch, answers, strict=True)
-                ]
+                return [prediction_record(record, answer) for (record, _), answer in zip(batch, answers, strict=True)]
         else:
-            trie = build_trie([encode_completion(decoder.tokenizer, quote(title)) for title in titles])
+            trie, title_of = decoder.catalogue_trie(titles)
+            edge_bias = None
+            if script_args.calibration:
+                priors = kept_edge_priors(
+                    decoder.model,
+                    decoder.encode([build_prompt(records[0].instruction, input="")])[0],
+                    trie,
+                    model_dir=model_dir,
+                    adapter=model_args.adapter,
+                    cache_dir=Path(script_args.cache_dir) if script_args.cache_dir else PRIORS_CACHE,
+                )
+                edge_bias = -script_args.calibration * priors
+
+            def left_out(record: Record) -> set[str]:
+                return set(record.history) if script_args.exclude_history else set()
+
+            # as wide for every record, so that a ranking does not depend on the records beside it
+            num_beams = script_args.num_beams + max(len(left_out(record)) for record in records)
 
             def predict(batch: Sequence[tuple[Record, list[int]]], start: int) -> list[dict[str, Any]]:
                 found = beam_search(
                     decoder.model,
                     [prompt for _, prompt in batch],
                     trie,
-                    num_beams=script_args.num_beams,
+                    num_beams=num_beams,
+                    edge_bias=edge_bias,
                     rows=decoder.rows,
                 )
-                rankings = [[titles[title_id] for title_id in title_ids] for title_ids, _ in found]
-                return [
-                    {
-                        "prompt": record.prompt,
-                        "prediction": quote(ranking[0]),
-                        "ground_truth": record.target,
-                        "ranking": ranking,
-                    }
-                    for (record, _), ranking in zip(batch, rankings, strict=True)
-                ]
+                results = []
+                for (record, _), (branches, _) in zip(batch, found, strict=True):
+                    known = left_out(record)
+                    ranking = [title for branch in branches if (title := title_of[tuple(branch)]) not in known]
+                    results.append(prediction_record(record, quote(ranking[0]), ranking[: script_args.num_beams]))
+                return results
 
         predictions = run.path / "predictions"
         journal = Journal(predictions / "raw_results.partial.jsonl", run.resumed)
@@ -137,6 +184,15 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         write_json(predictions / f"raw_results_{len(results)}.json", results)
         journal.remove()
         run.counts.update(records=len(results), shortened_prompts=decoder.shortened_prompts)
+
+
+def prediction_record(record: Record, prediction: str, ranking: list[str] | None = None) -> dict[str, Any]:
+    """Returns what is written for a record; `user` and `ranking` only where there are any."""
+    return (
+        {"prompt": record.prompt, "prediction": prediction, "ground_truth": record.target}
+        | ({"user": record.user} if record.user else {})
+        | ({"ranking": ranking} if ranking is not None else {})
+    )
 
 
 def make_parser() -> ScriptParser:

@@ -144,7 +144,8 @@ def prepare_movielens(script_args: PrepareArguments) -> Prepared:
         for split, size in sizes(script_args).items()
     }
     records = {
-        split: [make_record(window.history, window.target, MOVIES) for window in sampled[split]] for split in SPLITS
+        split: [make_record(window.history, window.target, MOVIES, window.user) for window in sampled[split]]
+        for split in SPLITS
     }
     facts = {
         "available": {split: len(available[split]) for split in SPLITS},

@@ -1,7 +1,8 @@
 """
 Stage 1: supervised fine-tuning. A base model learns to answer "history of titles -> next title".
 
-The loss is on the answer only. What is trained is a LoRA adapter, which goes to `<output_dir>/final_model`.
+The loss is on the answer, and with `--history_loss_weight` also on the titles of the history, each predicted from those
+before it. What is trained is a LoRA adapter, which goes to `<output_dir>/final_model`.
 
 # The default, configs/sft.yaml, on the default data
 ```bash
@@ -11,6 +12,11 @@ python sft_smol.py
 # Another data set
 ```bash
 python sft_smol.py --data_dir sampled_data/goodreads --output_dir output/goodreads/sft
+```
+
+# The recipe for accuracy: the loss on every title of the history, see docs/recipe.md
+```bash
+python sft_smol.py --config configs/sft_recipe.yaml
 ```
 
 # The settings of the published runs
@@ -27,6 +33,7 @@ accelerate launch --num_processes 4 sft_smol.py --model_name_or_path HuggingFace
 Interrupted and started again with the same flags, it goes on from its last checkpoint.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -62,11 +69,24 @@ class ScriptArguments(TrainingScriptArguments):
 
     Args:
         data_dir (`str`): data folder with `train_sample.json` and `valid_sample.json`.
+        history_loss_weight (`float`): weight of a token of the history's titles in the loss, beside 1 for a token of
+            the answer. All titles but the first count. The evaluation loss is the answer's alone, whatever the weight.
         adapter (`str`, *optional*): adapter to go on from; left out, a new one is trained.
     """
 
     data_dir: str = field(metadata={"help": "Data folder with train_sample.json and valid_sample.json."})
+    history_loss_weight: float = field(
+        metadata={
+            "help": "Weight of a token of the history's titles (but the first) in the training loss, beside 1 for a "
+            "token of the answer; 0 is the loss on the answer only."
+        }
+    )
     adapter: str = field(default="", metadata={"help": "Adapter to go on from; left out, a new one is trained."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.history_loss_weight < math.inf:
+            raise ValueError(f"--history_loss_weight {self.history_loss_weight}: must be 0 or more")
 
 
 @dataclass
@@ -101,7 +121,10 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         # -- Data and model -------------------------------------------------------------------------------------------
         tokenizer = load_tokenizer(model_dir)
         train_dataset, train_shortened = tokenize_records(
-            tokenizer, [(record.prompt, record.output) for record in train_records], training_args.max_length
+            tokenizer,
+            [(record.prompt, record.output) for record in train_records],
+            training_args.max_length,
+            label_history=script_args.history_loss_weight > 0,
         )
         valid_dataset, valid_shortened = tokenize_records(
             tokenizer, [(record.prompt, record.output) for record in valid_records], training_args.max_length
@@ -114,6 +137,7 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
 
         # -- Training -------------------------------------------------------------------------------------------------
         trainer = CompletionTrainer(
+            history_loss_weight=script_args.history_loss_weight,
             model=load_trainable(model_dir, model_args, script_args.adapter),
             args=training_args,
             train_dataset=train_dataset,

@@ -37,6 +37,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "sentence-transformers")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PLACES = ("output_dir", "overwrite", "logging_dir", "run_name")  # arguments that do not change what a run computes
+INTERRUPT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's: the job is cancelled; its time or its node runs out
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each training run
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -101,12 +102,7 @@ class ScriptParser(TrlParser):
         raise InputError(f"{message} (--help lists the flags)")
 
     def _read_config(self, path: Path) -> dict[str, Any]:
-        try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: expected a YAML mapping of flags to values")
+        config = read_yaml(path)
         for key in config:
             if not self._knows(str(key)):
                 raise InputError(f"{path}: unknown key {str(key)!r}{self._suggestion(str(key))}")
@@ -129,6 +125,21 @@ class ScriptParser(TrlParser):
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             flags += [f"--{name}", *map(str, values)]
         return flags
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML mapping.
+
+    Raises:
+        `InputError`: if the file is missing, cannot be read, or is no mapping.
+    """
+    try:
+        mapping = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(mapping, dict):
+        raise InputError(f"{path}: expected a YAML mapping of names to values")
+    return mapping
 
 
 def _flag_and_value(arg: str) -> list[str]:
@@ -225,7 +236,8 @@ def read_records(path: str | Path) -> list["Record"]:
     """Reads a `{train,valid,test}_sample.json` file.
 
     Raises:
-        `InputError`: naming the file and the first record that has no quoted target or another type than text.
+        `InputError`: naming the file and the first record that has no quoted target or another type than text, or
+            whose `user` (optional) is neither text nor a number.
     """
     from cebs.prompts import Record
 
@@ -239,8 +251,20 @@ def read_records(path: str | Path) -> list["Record"]:
             raise InputError(
                 f"{path}: record {index}: output must be the target title in double quotes, not {output!r}"
             )
-        records.append(Record(*texts))
+        records.append(Record(*texts, user=read_user(raw, f"{path}: record {index}")))
     return records
+
+
+def read_user(raw: dict[str, Any], place: str) -> str:
+    """Returns whose record it is, as text; empty where it does not say.
+
+    Raises:
+        `InputError`: starting with `place`, if `user` is neither text nor a number.
+    """
+    user = raw.get("user", "")
+    if isinstance(user, bool) or not isinstance(user, str | int | float):
+        raise InputError(f"{place}: 'user' must be text or a number, not {type(user).__name__}")
+    return str(user)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -460,16 +484,17 @@ def _timestamp(seconds: float) -> str:
 
 @contextlib.contextmanager
 def _terminate_as_interrupt() -> Iterator[None]:
-    """Makes SIGTERM end a run as Ctrl-C does, so that a scheduler's kill is recorded as an interruption."""
+    """Makes a scheduler's signals end a run as Ctrl-C does, so that it is recorded as interrupted and goes on later."""
 
     def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(f"signal {signum}")
+        raise KeyboardInterrupt(signal.Signals(signum).name)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {signum: signal.signal(signum, interrupt) for signum in INTERRUPT_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 def git_commit() -> str | None:

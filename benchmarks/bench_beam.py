@@ -106,8 +106,7 @@ def main(args: Arguments) -> None:
         model.device,
     )
     same_first = same = 0
-    for stock, (title_ids, _) in zip(last["baseline"], last["ours"], strict=True):
-        ours = [completions[i] for i in title_ids]
+    for stock, (ours, _) in zip(last["baseline"], last["ours"], strict=True):
         same_first += stock[0] == ours[0]
         same += sum(completion in stock for completion in ours)
     print(f"same first title: {same_first} of {len(prompts)}; titles in common: {same / len(prompts):.1f} per record")

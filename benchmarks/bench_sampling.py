@@ -97,7 +97,7 @@ def main(args: Arguments) -> None:
             rows=args.rows,
             **{"max_new_tokens": args.max_new_tokens} | kwargs,
         )
-        return [branches for _, branches in sorted(found)]
+        return [branches for _, branches, _ in sorted(found)]
 
     flops = matrix_flops(model)
     print(f"{len(prompts)} records, {sum(map(len, prompts)) / len(prompts):.0f} tokens per prompt, ", end="")

@@ -21,10 +21,10 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import BenchmarkArguments, load, report, seconds, time_row
-from cebs.branches import BranchCache, advance, branching, continuations, prefill
+from cebs.branches import BranchCache, advance, branching, by_search, prefill, trie_ways
 from cebs.catalogue import load_catalogue
 from cebs.prompts import encode_completion, quote
-from cebs.trie import TokenTrie, build_trie
+from cebs.trie import TokenTrie, best_rise, build_trie
 from utils import run_script
 
 
@@ -51,19 +51,24 @@ def joined_titles(completions: list[list[int]], count: int) -> list[list[int]]:
 def descent(trie: TokenTrie, logits: torch.Tensor, batch: int, num_beams: int) -> list[float]:
     """Seconds of each step's look-up on a way down the trie, with as many beams as there can be."""
     row = torch.arange(batch, device=logits.device)
-    node, scores, times = torch.zeros_like(row), torch.zeros(batch, device=logits.device), []
+    place = node = torch.zeros_like(row)
+    scores, times = torch.zeros(batch, device=logits.device), []
+    bias = torch.zeros(len(trie.tokens), device=logits.device)
+    rise = best_rise(trie, bias)
     while len(row):
 
-        def look_up(row=row, node=node, scores=scores):
-            table, _, child = continuations(trie, logits[: len(row)], row, node, scores, batch)
-            leaf = trie.offsets[child + 1] == trie.offsets[child]
-            table, best = table.masked_fill(leaf, float("-inf")).topk(min(num_beams, table.shape[1]))
-            return table, child.gather(1, best)
+        def look_up(row=row, place=place, node=node, scores=scores):
+            ways = trie_ways(trie, bias, rise, logits[: len(row)], node)
+            at = by_search(row, place, batch, ways.choice)
+            going = (scores[:, None] + ways.log_probs).masked_fill_(ways.rise == float("-inf"), float("-inf"))
+            going = going.flatten()[at].masked_fill_(at < 0, float("-inf"))
+            going, best = going.topk(min(num_beams, going.shape[1]))
+            return going, ways.choice.flatten()[at.gather(1, best)]
 
         times.append(seconds(look_up, logits.device))
-        table, child = look_up()
-        row, rank = (table > float("-inf")).nonzero().unbind(1)
-        node, scores = child[row, rank], table[row, rank]
+        going, child = look_up()
+        row, place = (going > float("-inf")).nonzero().unbind(1)
+        node, scores = child[row, place], going[row, place]
     return times
 
 

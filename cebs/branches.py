@@ -25,6 +25,9 @@ branches, each a new token with the columns that it sees (`sees [N, C]`, N branc
 
 All of the model but the attention runs on those N tokens alone (`[1, N]`, no padding between rows of different
 lengths); `branch_attention` arranges the queries by row, in front of the row's keys.
+
+Sampling and beam search choose a branch's next token among all tokens or, over a catalogue, among the edges of its
+token trie (`cebs.trie`).
 """
 
 from collections import deque
@@ -41,7 +44,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import selective_log_softmax
 
-from cebs.trie import TokenTrie, children
+from cebs.trie import TokenTrie, best_rise, children
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: log-probs of several completions of one prompt
@@ -124,6 +127,14 @@ def branch_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
     Returns:
         `Tensor`, `[B, K]`: float32; 0 where a record has fewer than K branches.
     """
+    log_probs = token_log_probs(model, rows)  # [B, S]
+    batch, most = rows["branch_lengths"].shape
+    sums = log_probs.new_zeros(batch, most + 1)  # the last one takes the padding
+    return sums.scatter_add(1, rows["branch_ids"], log_probs)[:, :most]
+
+
+def token_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
+    """Log-probability `[B, S]` of each token in `rows["labels"]`, in nats, float32; any number at padding."""
     logits = model(
         input_ids=rows["input_ids"],
         attention_mask=rows["attention_mask"],
@@ -131,11 +142,8 @@ def branch_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
         logits_to_keep=rows["labels"].shape[1],
         use_cache=False,
     ).logits  # [B, S, V]
-    batch, most = rows["branch_lengths"].shape
     # Not `cross_entropy`: its float32 sum over a large vocabulary is off by some 2e-5 per token on a CPU.
-    log_probs = selective_log_softmax(logits.float(), rows["labels"].clamp(min=0))  # [B, S]
-    sums = log_probs.new_zeros(batch, most + 1)  # the last one takes the padding
-    return sums.scatter_add(1, rows["branch_ids"], log_probs)[:, :most]
+    return selective_log_softmax(logits.float(), rows["labels"].clamp(min=0))
 
 
 def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
@@ -309,6 +317,33 @@ def advance(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Where a branch may go: any token, or the edges of a catalogue's trie
+# ---------------------------------------------------------------------------------------------------------------------
+
+# A choice is a token, or with a trie the node that its edge leads to: one number says all that a branch needs to go on.
+
+
+def _token(trie: TokenTrie | None, choice: Tensor) -> Tensor:
+    return choice if trie is None else trie.tokens[choice].long().clamp_(min=0)  # -1 at the root, which fills up tables
+
+
+def edge_log_probs(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+    """
+    Log-probabilities of the edges out of each of N nodes, under the whole vocabulary.
+
+    Args:
+        logits (`Tensor`, `[N, V]`): after the branches that stand at `node` `[N]`.
+
+    Returns:
+        `tuple[Tensor, Tensor]`, `[N, M]`, M the most edges of a node: log-probs (float32; -inf where a node has fewer
+        edges) and the nodes that the edges lead to (0 there).
+    """
+    child, logits = children(trie, node), logits.float()
+    log_probs = logits.gather(1, _token(trie, child)) - logits.logsumexp(-1, keepdim=True)
+    return log_probs.masked_fill_(child == 0, float("-inf")), child
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Sampling
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -321,7 +356,9 @@ class _Sampled:
 
     index: int
     length: int
+    first: tuple[Tensor, Tensor]  # `_likeliest` after the prompt, `[k]` each, kept for later rounds
     branches: list[list[int]]
+    log_probs: list[float]
     open: list[int]  # per round, branches that have not ended
     judged: int = 0  # rounds that `accept` has refused
 
@@ -330,6 +367,7 @@ class _Sampled:
 def sample_until(
     model: PreTrainedModel,
     prompts: list[list[int]],
+    trie: TokenTrie | None = None,
     *,
     accept: Callable[[int, list[list[int]]], bool],
     seeds: list[int],
@@ -340,7 +378,7 @@ def sample_until(
     max_new_tokens: int,
     stop_token_ids: Tensor,
     rows: int = 16,
-) -> Iterator[tuple[int, list[list[int]]]]:
+) -> Iterator[tuple[int, list[list[int]], list[float]]]:
     """
     Sample branches of each prompt, a round of `num_branches` at a time, until a round is accepted.
 
@@ -350,36 +388,43 @@ def sample_until(
     Args:
         model: a causal language model that uses transformers' attention interface; its dtype and device are used.
         prompts (`list[list[int]]`): token ids, at least one each.
+        trie (`TokenTrie`, *optional*): of the completions to sample from, none the beginning of another. A branch then
+            goes along its edges, with their probabilities renormalised, and ends with a completion.
         accept: called as `accept(i, branches)` with the newest round of prompt `i`; False asks for another round.
         seeds (`list[int]`): one per prompt.
         max_branches (`int`): no further round once a prompt has this many.
-        top_k (`int`): sample from the k likeliest tokens only.
+        top_k (`int`): sample from the k likeliest tokens only, or edges.
         max_new_tokens (`int`): a branch of this length ends.
-        stop_token_ids (`Tensor`, `[num_stop]`): a branch ends when it emits one; it is included in the branch.
+        stop_token_ids (`Tensor`, `[num_stop]`): a branch without a trie ends when it emits one; it is included in the
+            branch.
         rows (`int`): prompts decoded side by side; memory grows with it.
 
     Yields:
-        `tuple[int, list[list[int]]]`: a prompt's index and all its branches in the order sampled, as prompts finish.
+        `tuple[int, list[list[int]], list[float]]`: a prompt's index, all its branches in the order sampled, and the
+        log-probability of each under the model (in nats, at temperature 1, over the whole vocabulary), as prompts
+        finish.
     """
     device, stop = model.device, stop_token_ids.to(model.device)
+    trie = trie and trie.to(device)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True))  # like lengths together
     active: list[_Sampled] = []  # active[r] is in buffer row r
     # Columns for titles of a usual length; longer ones widen the buffer.
     cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + 12 * num_branches)
     noise = torch.empty(cache.rows, max_branches, max_new_tokens, device=device)
-    # What may come first after each prompt is kept for its later rounds.
-    first_scores = torch.empty(cache.rows, top_k, device=device)
-    first_tokens = torch.empty(cache.rows, top_k, dtype=torch.long, device=device)
 
-    # The N live branches: buffer row, number among the prompt's branches, newest token, its position, what it sees.
-    row = number = ids = positions = torch.empty(0, dtype=torch.long, device=device)
+    # The N live branches: buffer row, number among the prompt's branches, newest choice, its position, what it sees.
+    row = number = choice = positions = torch.empty(0, dtype=torch.long, device=device)
     sees = torch.empty(0, cache.columns, dtype=torch.bool, device=device)
 
-    def emit(row: Tensor, number: Tensor, ids: Tensor, step: Tensor) -> Tensor:
+    def emit(row: Tensor, number: Tensor, choice: Tensor, log_probs: Tensor, step: Tensor) -> Tensor:
         """Append a token to each branch; True `[N]` where the branch goes on."""
-        goes_on = ~torch.isin(ids, stop) & (step + 1 < max_new_tokens)
-        for r, n, token, more in torch.stack([row, number, ids, goes_on], 1).tolist():
+        ids = _token(trie, choice)
+        ended = torch.isin(ids, stop) if trie is None else trie.offsets[choice] == trie.offsets[choice + 1]
+        goes_on = ~ended & (step + 1 < max_new_tokens)
+        emitted = torch.stack([row, number, ids, goes_on], 1)
+        for (r, n, token, more), log_prob in zip(emitted.tolist(), log_probs.tolist(), strict=True):
             active[r].branches[n].append(token)
+            active[r].log_probs[n] += log_prob
             active[r].open[n // num_branches] -= 1 - more
         return goes_on
 
@@ -387,39 +432,43 @@ def sample_until(
         while waiting or active:
             while waiting and len(active) < rows:
                 fresh = [waiting.popleft() for _ in range(min(PREFILL_ROWS, rows - len(active), len(waiting)))]
-                new = slice(len(active), len(active) + len(fresh))
-                logits = prefill(model, cache, [prompts[i] for i in fresh], list(range(new.start, new.stop)))
-                first_scores[new], first_tokens[new] = _top_tokens(logits, top_k, temperature)
-                for r, i in enumerate(fresh, new.start):
-                    active.append(_Sampled(i, len(prompts[i]), [], []))
+                new_rows = list(range(len(active), len(active) + len(fresh)))
+                logits = prefill(model, cache, [prompts[i] for i in fresh], new_rows)
+                first = _likeliest(trie, logits, torch.zeros(len(fresh), dtype=torch.long, device=device), top_k)
+                for i, *likeliest in zip(fresh, *first, strict=True):
                     generator = torch.Generator().manual_seed(seeds[i])
-                    noise[r] = torch.rand(max_branches, max_new_tokens, generator=generator)
+                    noise[len(active)] = torch.rand(max_branches, max_new_tokens, generator=generator)
+                    active.append(_Sampled(i, len(prompts[i]), tuple(likeliest), [], [], []))
 
             # Another round, the first one included, for each prompt without a live branch. When no prompt is left to
             # fill up with, the rounds that may be needed begin early: a small step costs hardly less than a larger one.
             starts: list[tuple[int, int, int]] = []  # row, number, prompt length
             for r in sorted(range(len(active)), key=lambda r: sum(active[r].open)):
                 prompt, n = active[r], len(active[r].branches)
-                early = not waiting and len(ids) + len(starts) < rows * num_branches
+                early = not waiting and len(choice) + len(starts) < rows * num_branches
                 if n < max_branches and (early or not any(prompt.open)):
                     prompt.open.append(min(num_branches, max_branches - n))
                     prompt.branches += [[] for _ in range(prompt.open[-1])]
+                    prompt.log_probs += [0.0] * prompt.open[-1]
                     starts += [(r, number, prompt.length) for number in range(n, len(prompt.branches))]
             if starts:
                 r, n, length = torch.tensor(starts, device=device).unbind(1)
-                token = _pick(first_scores[r], first_tokens[r], noise[r, n, 0])
-                goes_on = emit(r, n, token, torch.zeros_like(n))
-                row, number, ids = (torch.cat([a, b[goes_on]]) for a, b in ((row, r), (number, n), (ids, token)))
+                first = (torch.stack(x) for x in zip(*(active[r].first for r, *_ in starts), strict=True))  # [N, k]
+                chosen, log_probs = _pick(*first, temperature, noise[r, n, 0])
+                goes_on = emit(r, n, chosen, log_probs, torch.zeros_like(n))
+                row, number, choice = (torch.cat([a, b[goes_on]]) for a, b in ((row, r), (number, n), (choice, chosen)))
                 positions = torch.cat([positions, length[goes_on]])
                 prompt_columns = torch.arange(cache.columns, device=device) < length[goes_on, None]
                 sees = torch.cat([sees, prompt_columns])
 
-            if len(ids):
-                logits, sees = advance(model, cache, ids, positions, row, sees)
+            if len(choice):
+                logits, sees = advance(model, cache, _token(trie, choice), positions, row, sees)
                 step = positions + 1 - torch.tensor([prompt.length for prompt in active], device=device)[row]
-                ids = _pick(*_top_tokens(logits, top_k, temperature), noise[row, number, step])
-                live = emit(row, number, ids, step)
-                row, number, ids, positions, sees = row[live], number[live], ids[live], positions[live] + 1, sees[live]
+                likeliest = _likeliest(trie, logits, choice, top_k)
+                choice, log_probs = _pick(*likeliest, temperature, noise[row, number, step])
+                live = emit(row, number, choice, log_probs, step)
+                row, number, choice, sees = row[live], number[live], choice[live], sees[live]
+                positions = positions[live] + 1
 
             for r in reversed(range(len(active))):
                 prompt = active[r]
@@ -427,12 +476,12 @@ def sample_until(
                     start, prompt.judged = prompt.judged * num_branches, prompt.judged + 1
                     end = min(start + num_branches, max_branches)
                     if accept(prompt.index, prompt.branches[start:end]) or end == max_branches:
-                        yield prompt.index, prompt.branches[:end]
+                        yield prompt.index, prompt.branches[:end], prompt.log_probs[:end]
                         # Rounds begun early are dropped, and the last row moves into the hole.
                         live, last = row != r, len(active) - 1
-                        row, number, ids, positions, sees = (x[live] for x in (row, number, ids, positions, sees))
+                        row, number, choice, positions, sees = (x[live] for x in (row, number, choice, positions, sees))
                         row[row == last] = r
-                        for buffer in [noise, first_scores, first_tokens, *cache.tensors()]:
+                        for buffer in [noise, *cache.tensors()]:
                             buffer[r] = buffer[last]
                         active[r] = active[last]
                         active.pop()
@@ -441,18 +490,23 @@ def sample_until(
                 cache.keep_rows(len(active))
 
 
-def _top_tokens(logits: Tensor, top_k: int, temperature: float) -> tuple[Tensor, Tensor]:
-    """Scores and ids of the k likeliest tokens, `[N, k]`, in the order of the ids: near ties then keep their places."""
-    scores, ids = logits.float().topk(top_k, sorted=False)
-    ids, order = ids.sort(dim=-1)
-    return scores.gather(-1, order) / temperature, ids
+def _likeliest(trie: TokenTrie | None, logits: Tensor, node: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Log-probs and choices, `[N, k]`, of the k likeliest ways on, by token id: near ties then keep their places."""
+    if trie is None:
+        logits = logits.float()
+        scores, choices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
+        choices, order = choices.sort(dim=-1)
+        return scores.gather(-1, order) - logits.logsumexp(-1, keepdim=True), choices
+    log_probs, choices = edge_log_probs(trie, logits, node)
+    kept = log_probs.topk(min(top_k, log_probs.shape[1]), sorted=False).indices.sort(dim=-1).values
+    return log_probs.gather(-1, kept), choices.gather(-1, kept)
 
 
-def _pick(scores: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
-    """Inverse-CDF sampling, `[N, k]` scores and ids and `[N]` uniform noise to `[N]` ids."""
-    cdf = scores.softmax(-1).cumsum(-1)  # [N, k]
+def _pick(log_probs: Tensor, choices: Tensor, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse-CDF sampling from `[N, k]` choices, with `[N]` uniform noise. Returns choices and log-probs, `[N]`."""
+    cdf = (log_probs / temperature).softmax(-1).cumsum(-1)  # [N, k]
     index = (cdf <= noise[:, None] * cdf[:, -1:]).sum(-1, keepdim=True).clamp(max=cdf.shape[-1] - 1)
-    return ids.gather(-1, index)[:, 0]
+    return choices.gather(-1, index)[:, 0], log_probs.gather(-1, index)[:, 0]
 
 
 def greedy(
@@ -483,110 +537,225 @@ def greedy(
         stop_token_ids=stop_token_ids,
         rows=rows,
     )
-    return [branches[0] for _, branches in sorted(found)]
+    return [branches[0] for _, branches, _ in sorted(found)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beam search over a catalogue
+# Beam search: free or over a catalogue, in one group or several
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class Ways(NamedTuple):
+    """The ways on from each of N beams, `[N, M]`."""
+
+    log_probs: Tensor  # -inf where a beam has fewer than M
+    bias: Tensor  # what a way adds to the score beside its log-prob
+    choice: Tensor
+    ends: Tensor  # bool: the branch is whole then
+    rise: Tensor  # the most that the score may rise after it; -inf where nothing follows
+
+
+class Finished(NamedTuple):
+    """The finished branches of each of S searches, best first."""
+
+    scores: Tensor  # [S, K], -inf where there are fewer than K
+    log_probs: Tensor  # [S, K]
+    tokens: Tensor  # [S, K, T], -1 after the end
+
+
+def best_of(finished: Finished, k: int) -> Finished:
+    scores, best = finished.scores.topk(k)
+    tokens = finished.tokens.gather(1, best[..., None].expand(-1, -1, finished.tokens.shape[2]))
+    return Finished(scores, finished.log_probs.gather(1, best), tokens)
+
+
+def free_ways(stop: Tensor, num_beams: int, logits: Tensor, last: bool) -> Ways:
+    """The likeliest stop token (others would end the same title once more), and the likeliest others."""
+    log_probs = logits.float().log_softmax(-1)  # [N, V]
+    ending, which = log_probs[:, stop].topk(min(1, len(stop)))
+    going, token = log_probs.index_fill(1, stop, float("-inf")).topk(min(num_beams, log_probs.shape[1]))
+    choice = torch.cat([stop[which], token], 1)
+    ends = torch.isin(choice, stop) | last
+    rise = torch.zeros_like(choice, dtype=going.dtype).masked_fill_(ends, float("-inf"))
+    return Ways(torch.cat([ending, going], 1), torch.zeros_like(rise), choice, ends, rise)
+
+
+def trie_ways(trie: TokenTrie, edge_bias: Tensor, rise: Tensor, logits: Tensor, node: Tensor) -> Ways:
+    """The edges out of each beam's node."""
+    log_probs, child = edge_log_probs(trie, logits, node)
+    return Ways(log_probs, edge_bias[child], child, trie.titles[child] >= 0, rise[child])
 
 
 @torch.no_grad()
 def beam_search(
     model: PreTrainedModel,
     prompts: list[list[int]],
-    trie: TokenTrie,
+    trie: TokenTrie | None = None,
     *,
     num_beams: int,
+    num_beam_groups: int = 1,
+    diversity_penalty: float = 0.0,
+    edge_bias: Tensor | None = None,
+    max_new_tokens: int | None = None,
+    stop_token_ids: Tensor | None = None,
     rows: int = 8,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[list[list[int]], list[float]]]:
     """
-    The titles of the catalogue that are likeliest after each prompt.
+    The likeliest completions of each prompt: any, or those of a catalogue.
 
-    A finished title takes no beam: it joins the prompt's best `num_beams` finished titles. A beam is given up as soon
-    as it is below all of those, since its log-prob can only fall; a prompt is done when it has no beam left.
+    A beam's score is its log-probability, plus the biases of its edges, less its diversity penalties. A finished branch
+    takes no beam: it joins the best finished ones, as many as there are beams. A beam is given up as soon as it can no
+    longer come above all of those; a prompt is done when it has no beam left.
+
+    With several groups (diverse beam search, Vijayakumar et al., 2016, arXiv:1610.02424), each is a search of its own
+    with its share of the beams. At each step they choose in turn, and `diversity_penalty` is taken off a token for each
+    beam of an earlier group that has chosen it at this step (Hamming diversity). What an earlier group has finished,
+    a later one does not finish again.
 
     Args:
         model: as in [`sample_until`].
         prompts (`list[list[int]]`): token ids, at least one each.
-        trie (`TokenTrie`): of the completions.
-        num_beams (`int`): beams, and titles returned, per prompt. As many as there are titles: an exhaustive search.
+        trie (`TokenTrie`, *optional*): of the completions of a catalogue; left out, beams are free.
+        num_beams (`int`): beams, and branches returned, per prompt. As many as the trie has titles: an exhaustive
+            search.
+        num_beam_groups (`int`): groups; a divisor of `num_beams`.
+        edge_bias (`Tensor`, `[num_nodes]`, *optional*): added to the score with the trie's edge to each node.
+        max_new_tokens, stop_token_ids: of free beams, as in [`sample_until`]. Of the stop tokens, only the likeliest
+            ends a beam.
         rows (`int`): prompts decoded side by side.
 
     Returns:
-        `list[tuple[Tensor, Tensor]]`: per prompt `title_ids` (int64) and `log_probs` (float32, of the whole completion,
-        in nats), `[num_beams]` or fewer, best first, on the CPU.
+        `list[tuple[list[list[int]], list[float]]]`: per prompt, branches, `num_beams` or fewer, best score first, and
+        their log-probs under the model, in nats.
     """
-    trie = trie.to(model.device)
+    if num_beams % num_beam_groups:
+        raise ValueError(f"{num_beams} beams cannot be shared out evenly among {num_beam_groups} groups")
+    if trie is None:
+        stop = stop_token_ids.to(model.device)
+
+        def ways_on(logits: Tensor, choice: Tensor, step: int) -> Ways:
+            return free_ways(stop, num_beams, logits, last=step + 1 == max_new_tokens)
+    else:
+        trie = trie.to(model.device)
+        bias = torch.zeros(len(trie.tokens)) if edge_bias is None else edge_bias
+        bias = bias.to(model.device)
+        rise = best_rise(trie, bias)
+
+        def ways_on(logits: Tensor, choice: Tensor, step: int) -> Ways:
+            return trie_ways(trie, bias, rise, logits, choice)
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    found: list[tuple[Tensor, Tensor]] = [None] * len(prompts)
+    found: list[tuple[list[list[int]], list[float]]] = [None] * len(prompts)
     with branching(model):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
-            for i, titles, scores in zip(
-                chosen, *_beams(model, [prompts[i] for i in chosen], trie, num_beams), strict=True
-            ):
-                found[i] = (titles[titles >= 0], scores[titles >= 0])
+            finished = _beams(
+                model, [prompts[i] for i in chosen], trie, ways_on, num_beams, num_beam_groups, diversity_penalty
+            )
+            for i, scores, log_probs, tokens in zip(chosen, *(x.tolist() for x in finished), strict=True):
+                count = sum(score > float("-inf") for score in scores)
+                found[i] = [[token for token in row if token >= 0] for row in tokens[:count]], log_probs[:count]
     return found
 
 
-def _beams(model: PreTrainedModel, prompts: list[list[int]], trie: TokenTrie, num_beams: int) -> tuple[Tensor, Tensor]:
-    """R prompts side by side: titles (-1 where there are fewer) and log-probs, `[R, num_beams]`, on the CPU."""
-    device, batch = model.device, len(prompts)
+def _beams(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    trie: TokenTrie | None,
+    ways_on: Callable[[Tensor, Tensor, int], Ways],
+    num_beams: int,
+    groups: int,
+    penalty: float,
+) -> Finished:
+    """The best `num_beams` branches of R prompts, decoded side by side."""
+    device, width = model.device, num_beams // groups
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = BranchCache(batch, int(lengths.max()) + 8 * num_beams)
-    pool_scores = torch.full((batch, num_beams), float("-inf"), device=device)
-    pool_titles = torch.full((batch, num_beams), -1, device=device)
+    cache = BranchCache(len(prompts), int(lengths.max()) + 8 * num_beams)
+    # Search s is group s % groups of prompt s // groups; S searches in all, one beam each to begin with.
+    logits = prefill(model, cache, prompts, list(range(len(prompts)))).repeat_interleave(groups, 0)  # [S, V]
+    search = torch.arange(len(logits), device=device)
+    num_searches, prompt = len(search), search // groups
+    # The N beams: search, place among its beams, newest choice, score, log-prob, tokens, last position, what it sees.
+    place = choice = torch.zeros_like(search)
+    scores = log_probs = torch.zeros(num_searches, device=device)
+    written = torch.empty(num_searches, 0, dtype=torch.long, device=device)
+    positions = lengths[prompt] - 1
+    sees = torch.arange(cache.columns, device=device) < lengths[prompt, None]
+    nothing = torch.full((num_searches, width), float("-inf"), device=device)
+    pool = Finished(nothing, nothing, torch.empty(num_searches, width, 0, dtype=torch.long, device=device))
+    while len(search):
+        ways = ways_on(logits, choice, written.shape[1])  # [N, M]
+        tokens, (_, most) = _token(trie, ways.choice), ways.choice.shape
+        totals = log_probs[:, None] + ways.log_probs
 
-    # One beam per prompt to begin with: N beams, each a node of the trie.
-    logits = prefill(model, cache, prompts, list(range(batch)))
-    row, positions = torch.arange(batch, device=device), lengths - 1
-    node, scores = torch.zeros_like(row), torch.zeros(batch, device=device)
-    sees = torch.arange(cache.columns, device=device) < lengths[:, None]
-    while True:
-        scores, parent, child = continuations(trie, logits, row, node, scores, batch)  # [R, M] each
-        title = trie.titles[child].long()
-        finished = scores.masked_fill(title < 0, float("-inf"))
-        pool_scores, best = torch.cat([pool_scores, finished], 1).topk(num_beams)
-        pool_titles = torch.cat([pool_titles, title], 1).gather(1, best)
+        at = by_search(search, place, num_searches, tokens)  # [S, W * M]
+        reached = (scores[:, None] + ways.log_probs + ways.bias).flatten()[at].masked_fill_(at < 0, float("-inf"))
+        ending = reached.masked_fill(~ways.ends.flatten()[at], float("-inf"))
+        going = reached.masked_fill(ways.rise.flatten()[at] == float("-inf"), float("-inf"))
+        if groups > 1:
+            # Equal numbers: equal tokens so far, this one included.
+            beginning = torch.cat([prompt[:, None], written], 1).unique(dim=0, return_inverse=True)[1]  # [N]
+            same = (beginning[:, None] * logits.shape[1] + tokens).flatten()[at]
+            same.masked_fill_(reached == float("-inf"), -1)
+            by_group = [x.unflatten(0, (-1, groups)) for x in (ending, going, tokens.flatten()[at], same)]
+            _choose_in_turn(*by_group, width, penalty, logits.shape[1])
 
-        leaf = trie.offsets[child + 1] == trie.offsets[child]
-        scores, best = scores.masked_fill(leaf, float("-inf")).topk(min(num_beams, scores.shape[1]))
-        row, rank = (scores > pool_scores[:, -1:]).nonzero().unbind(1)  # a beam below the whole pool cannot win
-        if len(row) == 0:
-            pool_titles[pool_scores == float("-inf")] = -1
-            return pool_titles.cpu(), pool_scores.cpu()
-        scores, best = scores[row, rank], best[row, rank]  # [N]
-        parent, node = parent[row, best], child[row, best]
+        ending, best = ending.topk(min(width, ending.shape[1]))
+        end = at.gather(1, best)
+        branches = torch.cat([written[end // most], tokens.flatten()[end][..., None]], 2)  # [S, width, step + 1]
+        longer = pool._replace(tokens=F.pad(pool.tokens, (0, 1), value=-1))
+        new = Finished(ending, totals.flatten()[end], branches)
+        pool = best_of(Finished(*(torch.cat(pair, 1) for pair in zip(longer, new, strict=True))), width)
+
+        going, best = going.topk(min(width, going.shape[1]))
+        at = at.gather(1, best)
+        # A beam is given up that cannot rise above the worst of the finished branches.
+        search, place = (going + ways.rise.flatten()[at] > pool.scores[:, -1:]).nonzero().unbind(1)
+        scores, at = going[search, place], at[search, place]  # [N]
+        parent, prompt = at // most, search // groups
+        choice, log_probs = ways.choice.flatten()[at], totals.flatten()[at]
+        written = torch.cat([written[parent], tokens.flatten()[at][:, None]], 1)
         positions, sees = positions[parent] + 1, sees[parent]
-        logits, sees = advance(model, cache, trie.tokens[node].long(), positions, row, sees)
+        if len(search):
+            logits, sees = advance(model, cache, written[:, -1], positions, prompt, sees)
+
+    return best_of(Finished(*(x.reshape(len(prompts), num_beams, *x.shape[2:]) for x in pool)), num_beams)
 
 
-def continuations(
-    trie: TokenTrie, logits: Tensor, row: Tensor, node: Tensor, scores: Tensor, batch: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def by_search(search: Tensor, place: Tensor, num_searches: int, ways: Tensor) -> Tensor:
     """
-    Everything that the beams of a step may go on to, as one table per prompt.
+    A line for each search: where its beams' ways lie in a flattened table of all beams' ways.
 
     Args:
-        trie (`TokenTrie`): on the beams' device.
-        logits (`Tensor`, `[N, V]`): after each of the N beams.
-        row (`Tensor`, `[N]`): each beam's prompt, ascending, below `batch`.
-        node (`Tensor`, `[N]`): each beam's place in the trie.
-        scores (`Tensor`, `[N]`): each beam's log-prob.
-        batch (`int`): the number of prompts, R.
+        search, place (`Tensor`, `[N]`): each beam's search, below `num_searches` (S), and its place there, below W.
+        ways (`Tensor`, `[N, M]`): any table of the ways.
 
     Returns:
-        `tuple[Tensor, Tensor, Tensor]`, `[R, M]` M the most edges of a prompt: log-prob of the continued beam
-        (-inf where a prompt has fewer edges), the beam it continues, and the node that it reaches.
+        `Tensor` of int64, `[S, W * M]`: indices into `ways.flatten()`; -1 where a search has fewer.
     """
-    parent, child = children(trie, node)  # [E]
-    logits = logits.float()
-    log_probs = logits[parent, trie.tokens[child].long()] - logits.logsumexp(-1)[parent]
-    # Beams are in row order, so a row's edges lie together; its table row is those, then padding.
-    edges = torch.bincount(row[parent], minlength=batch)  # [R]
-    column = torch.arange(int(edges.max()), device=row.device)  # [M]
-    edge = (edges.cumsum(0) - edges)[:, None] + column  # [R, M]
-    absent = column >= edges[:, None]
-    edge.masked_fill_(absent, 0)
-    return (scores[parent] + log_probs)[edge].masked_fill_(absent, float("-inf")), parent[edge], child[edge]
+    at = torch.full((num_searches, int(place.max()) + 1, ways.shape[1]), -1, device=ways.device)
+    at[search, place] = torch.arange(ways.numel(), device=ways.device).view_as(ways)
+    return at.flatten(1)
+
+
+def _choose_in_turn(
+    ending: Tensor, going: Tensor, tokens: Tensor, same: Tensor, width: int, penalty: float, vocabulary: int
+) -> None:
+    """
+    Let the groups of each prompt choose one after the other; changes `ending` and `going` in place.
+
+    Args:
+        ending, going (`Tensor`, `[R, groups, M]`): scores of the ways that end a branch, and that go on; else -inf.
+        tokens, same (`Tensor`, `[R, groups, M]`): the token of each way, and a number that equal branches share.
+        width (`int`): beams of a group.
+    """
+    chosen = going.new_zeros(len(going), vocabulary)  # how often a token has been chosen
+    finished = same[:, 0, :0]
+    for group in range(1, going.shape[1]):
+        best = going[:, group - 1].topk(min(width, going.shape[2]))
+        chosen.scatter_add_(1, tokens[:, group - 1].gather(1, best.indices), (best.values > float("-inf")).float())
+        for scores in (ending, going):
+            scores[:, group] -= penalty * chosen.gather(1, tokens[:, group])
+        best = ending[:, group - 1].topk(min(width, ending.shape[2]))
+        finished = torch.cat([finished, same[:, group - 1].gather(1, best.indices)], 1)
+        ending[:, group].masked_fill_(torch.isin(same[:, group], finished), float("-inf"))

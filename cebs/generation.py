@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cebs.branches import greedy
-from cebs.prompts import encode_prompt, line_end_tokens
+from cebs.branches import beam_search, greedy, sample_until
+from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote
+from cebs.trie import TokenTrie, build_trie
 from utils import ModelArguments, check_counts, load_for_inference, load_tokenizer
 
 
@@ -36,6 +38,50 @@ class DecodingArguments(ModelArguments):
 
     def __post_init__(self):
         check_counts(self)
+
+
+@dataclass(kw_only=True)
+class CandidateArguments:
+    """How a model proposes titles that may become negatives.
+
+    Args:
+        candidate_source (`str`): `topk` samples them; `beam` and `diverse_beam` search for the likeliest.
+        constrained (`bool`): only titles of the catalogue.
+        num_candidates (`int`): titles of a record sampled at a time, or found by beam search.
+        max_candidates (`int`): most titles sampled for a record.
+        top_k (`int`): sample from the k likeliest tokens.
+        temperature (`float`): of the sampling.
+        num_beam_groups (`int`): groups of a diverse beam search; a divisor of `num_candidates`.
+        diversity_penalty (`float`): taken off the log-probability of a token for each beam of an earlier group that
+            has chosen it at the same step.
+    """
+
+    candidate_source: str = field(
+        metadata={
+            "help": "topk: sampled; beam: by beam search; diverse_beam: by beams in groups that avoid each other.",
+            "choices": ["topk", "beam", "diverse_beam"],
+        }
+    )
+    constrained: bool = field(metadata={"help": "Only titles of the catalogue."})
+    num_candidates: int = field(metadata={"help": "Titles of a record sampled at a time, or found by beam search."})
+    max_candidates: int = field(metadata={"help": "Most titles sampled for a record."})
+    top_k: int = field(metadata={"help": "Sample from the k likeliest tokens."})
+    temperature: float = field(metadata={"help": "Temperature of the sampling."})
+    num_beam_groups: int = field(metadata={"help": "Groups of a diverse beam search; a divisor of num_candidates."})
+    diversity_penalty: float = field(
+        metadata={"help": "Taken off a token's log-probability for each beam of an earlier group that has chosen it."}
+    )
+
+    def __post_init__(self):
+        check_counts(self)
+        if self.temperature <= 0:
+            raise ValueError(f"--temperature: {self.temperature} must be above 0")
+        if self.diversity_penalty < 0:
+            raise ValueError(f"--diversity_penalty: {self.diversity_penalty} must be 0 or more")
+        if self.candidate_source == "diverse_beam" and self.num_candidates % self.num_beam_groups:
+            raise ValueError(
+                f"--num_beam_groups {self.num_beam_groups}: does not divide --num_candidates {self.num_candidates}"
+            )
 
 
 class Journal:
@@ -131,6 +177,86 @@ class Decoder:
             rows=self.rows,
         )
         return [self.decode(ids) for ids in answers]
+
+    def catalogue_trie(self, titles: Sequence[str]) -> tuple[TokenTrie, dict[tuple[int, ...], str]]:
+        """Returns the trie of a catalogue's completions, and the title of each completion."""
+        return _catalogue_trie(self.tokenizer, tuple(titles))
+
+    def propose(
+        self,
+        prompts: Sequence[list[int]],
+        args: CandidateArguments,
+        *,
+        titles: Sequence[str] | None,
+        seeds: Sequence[int],
+        accept: Callable[[int, list[str]], bool],
+    ) -> list[list[tuple[str, float]]]:
+        """Proposes titles after each prompt.
+
+        Args:
+            prompts: N prompts as token ids.
+            args: how.
+            titles: the catalogue, where `args.constrained`; else it is not used.
+            seeds: one for each prompt, for sampling.
+            accept: for sampling, called as `accept(index, newest titles)`; False asks for another round, as long as
+                there are not `max_candidates`.
+
+        Returns:
+            For each prompt titles and the log-probabilities of their whole completions under the model, in nats and
+            without any penalty. Sampled ones stand in the order sampled and may repeat; beams are distinct, best score
+            first, and `num_candidates` or fewer: spellings of one title in other tokens count once.
+        """
+        trie, title_of = self.catalogue_trie(titles) if args.constrained else (None, {})
+
+        def title(branch: list[int]) -> str:
+            return title_of[tuple(branch)] if args.constrained else predicted_title(self.decode(branch))
+
+        if args.candidate_source == "topk":
+            found = sample_until(
+                self.model,
+                list(prompts),
+                trie,
+                accept=lambda index, branches: accept(index, [title(branch) for branch in branches]),
+                seeds=list(seeds),
+                num_branches=args.num_candidates,
+                max_branches=args.max_candidates,
+                top_k=args.top_k,
+                temperature=args.temperature,
+                max_new_tokens=max(map(len, title_of)) if args.constrained else self.max_new_tokens,
+                stop_token_ids=self.stop_token_ids,
+                rows=self.rows,
+            )
+            return [
+                [(title(branch), log_prob) for branch, log_prob in zip(branches, log_probs, strict=True)]
+                for _, branches, log_probs in sorted(found)
+            ]
+
+        found = beam_search(
+            self.model,
+            list(prompts),
+            trie,
+            num_beams=args.num_candidates,
+            num_beam_groups=args.num_beam_groups if args.candidate_source == "diverse_beam" else 1,
+            diversity_penalty=args.diversity_penalty,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            rows=self.rows,
+        )
+        proposed = []
+        for branches, log_probs in found:
+            first: dict[str, float] = {}
+            for branch, log_prob in zip(branches, log_probs, strict=True):
+                first.setdefault(title(branch), log_prob)
+            proposed.append(list(first.items()))
+        return proposed
+
+
+@lru_cache(maxsize=1)  # one catalogue serves every batch of a run
+def _catalogue_trie(
+    tokenizer: PreTrainedTokenizerBase, titles: tuple[str, ...]
+) -> tuple[TokenTrie, dict[tuple[int, ...], str]]:
+    completions = [tuple(encode_completion(tokenizer, quote(title))) for title in titles]
+    return build_trie(completions), dict(zip(completions, titles, strict=True))
 
 
 def load_decoder(model_dir: Path, args: DecodingArguments) -> Decoder:

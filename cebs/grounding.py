@@ -49,24 +49,41 @@ def ground(
     Raises:
         `InputError`: if the folder holds no encoder that works.
     """
+    texts = list(dict.fromkeys(predictions))
+    queries, catalogue = embed(texts, titles, encoder_dir, cache_dir)
+    place = {text: index for index, text in enumerate(texts)}
+    return nearest_titles(queries, catalogue, k)[[place[text] for text in predictions]]
+
+
+def embed(
+    texts: Sequence[str], titles: Sequence[str], encoder_dir: Path, cache_dir: Path = EMBEDDINGS_CACHE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the embeddings of N distinct texts and of the M titles of the catalogue, which are kept in the cache.
+
+    A text that is a title of the catalogue takes that title's embedding; the encoder is loaded for others alone.
+
+    Returns:
+        `tuple[np.ndarray, np.ndarray]`, `[N, D]` and `[M, D]`, float32.
+
+    Raises:
+        `InputError`: if the folder holds no encoder that works.
+    """
     cache_file = _cache_file(encoder_dir, titles, cache_dir)
     catalogue = _read_cache(cache_file, len(titles))
     ids = {title: index for index, title in enumerate(titles)}
-    texts = list(dict.fromkeys(predictions))
     unknown = [text for text in texts if text not in ids]
     was_kept = catalogue is not None
     if unknown or not was_kept:
         encoder = load_encoder(encoder_dir)
     if not was_kept:
         catalogue = encode_texts(encoder, titles, "encoding the catalogue")
-    encoded = dict(zip(unknown, encode_texts(encoder, unknown, "encoding predictions"), strict=True)) if unknown else {}
-    queries = np.stack([catalogue[ids[text]] if text in ids else encoded[text] for text in texts])  # [texts, D]
-    if not (np.isfinite(catalogue).all() and np.isfinite(queries).all()):
+    encoded = dict(zip(unknown, encode_texts(encoder, unknown, "encoding titles"), strict=True)) if unknown else {}
+    embeddings = np.stack([catalogue[ids[text]] if text in ids else encoded[text] for text in texts])
+    if not (np.isfinite(catalogue).all() and np.isfinite(embeddings).all()):
         raise InputError(f"{encoder_dir}: gives embeddings that are not finite numbers; use another encoder")
     if not was_kept:
         _write_cache(cache_file, catalogue)
-    place = {text: index for index, text in enumerate(texts)}
-    return nearest_titles(queries, catalogue, k)[[place[text] for text in predictions]]
+    return embeddings, catalogue
 
 
 # ---------------------------------------------------------------------------------------------------------------------

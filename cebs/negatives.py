@@ -1,14 +1,18 @@
-"""How negatives are chosen: candidates, interest cluster, exposure (rules 1 to 7 of the method)."""
+"""How negatives are chosen: candidates, interest cluster, exposure (rules 1 to 7 of the method), and any selector."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cebs.catalogue import Catalogue, exposure_counts, interest_cluster
 from cebs.prompts import NO_PREDICTION, Record
+from cebs.selectors import Selector
 from utils import InputError, record_seed
+
+# rules 3 and 5 draw under names of their own, any other selector under its pool and order
+RULES = {("in", "first"): "hard", ("out", "low_exposure"): "long_tail"}
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,8 @@ class Candidate:
         genres (`list[str]`): its genres.
         exposure (`int`): how often it occurs in the training records.
         in_cluster (`bool`): whether it shares a genre with the user's interest cluster.
+        log_prob (`float`, *optional*): log-probability of the whole completion in nats, at temperature 1; `None`
+            where it was not kept.
     """
 
     title: str
@@ -28,6 +34,7 @@ class Candidate:
     genres: list[str]
     exposure: int
     in_cluster: bool
+    log_prob: float | None
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class Selection:
     in_catalogue: bool
 
 
-class NegativeSelector:
+class NegativeSampler:
     """Describes candidates and chooses negatives among them, record by record.
 
     Args:
@@ -54,24 +61,29 @@ class NegativeSelector:
         train_records (`Iterable[Record]`): the records that exposure is counted over.
         unknown_titles (`str`): `"keep"` admits titles that are not in the catalogue as negatives (the published
             behaviour), `"drop"` does not.
-        seed (`int`): seed of the random fall-backs.
+        fallback (`str`): what a selector does that finds nothing: `"random"` draws one title as rules 3 and 5 say,
+            `"skip"` leaves the negative out.
+        seed (`int`): seed of all random choices.
     """
 
-    def __init__(self, catalogue: Catalogue, train_records: Iterable[Record], unknown_titles: str, seed: int):
+    def __init__(
+        self, catalogue: Catalogue, train_records: Iterable[Record], *, unknown_titles: str, fallback: str, seed: int
+    ):
         self.catalogue = catalogue
         self.exposure = exposure_counts(train_records)
         self.unknown_titles = unknown_titles
+        self.fallback = fallback
         self.seed = seed
 
-    def describe(self, titles: Iterable[str], record: Record) -> list[Candidate]:
-        """Returns the candidates of a record, in the order given."""
+    def describe(self, proposed: Iterable[tuple[str, float | None]], record: Record) -> list[Candidate]:
+        """Returns the candidates of a record, given as titles and log-probabilities, in the order given."""
         cluster = set(interest_cluster(record.history, self.catalogue))
         described = []
-        for title in titles:
+        for title, log_prob in proposed:
             known = title in self.catalogue
             genres = self.catalogue.genres_of(title)
             exposure = self.exposure[title] if known else 0
-            described.append(Candidate(title, known, genres, exposure, not cluster.isdisjoint(genres)))
+            described.append(Candidate(title, known, genres, exposure, not cluster.isdisjoint(genres), log_prob))
         return described
 
     def eligible(self, candidates: Iterable[Candidate], record: Record) -> list[Candidate]:
@@ -87,22 +99,51 @@ class NegativeSelector:
         """Says whether some candidate can be the hard negative, so that sampling may stop (rule 2)."""
         return any(candidate.in_cluster for candidate in self.eligible(candidates, record))
 
-    def hard(self, candidates: list[Candidate], record: Record, split: str, index: int) -> Selection:
-        """Returns the first candidate inside the cluster (rule 3)."""
-        return self._choose(
-            "hard", candidates, record, split, index, lambda pool: next((c for c in pool if c.in_cluster), None)
-        )
+    def select(
+        self,
+        selectors: Iterable[Selector],
+        candidates: Iterable[Candidate],
+        record: Record,
+        split: str,
+        index: int,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> dict[Selector, list[Selection]]:
+        """Returns the negatives that each selector takes from a record's candidates; none takes a title twice.
 
-    def long_tail(self, candidates: list[Candidate], record: Record, split: str, index: int) -> Selection:
-        """Returns the candidate outside the cluster with the least exposure; ties go to the first sampled (rule 5)."""
-        return self._choose(
-            "long_tail",
-            candidates,
-            record,
-            split,
-            index,
-            lambda pool: min((c for c in pool if not c.in_cluster), key=lambda c: c.exposure, default=None),
-        )
+        A selector takes fewer than `count` where its pool has fewer titles. From an empty pool it takes one, drawn at
+        random from all eligible candidates, or without any from the catalogue (rules 3 and 5); or none, with
+        `fallback="skip"`. What it takes does not depend on the others, and a greater count only adds to the end.
+
+        Args:
+            selectors: pools, orders and counts.
+            candidates: the record's candidates, in the order generated.
+            record: the record.
+            split, index: where it stands; its random numbers come from there and the seed alone.
+            embeddings: unit vectors `[D]` by title, of every eligible candidate, target and history title; the orders
+                by similarity need them.
+        """
+        eligible = self.eligible(candidates, record)
+        if not eligible:
+            skip = self.fallback == "skip"
+            stand_in = [] if skip else [self.random(self.catalogue.titles, record, split, index)]
+            return {selector: [Selection(title, "catalogue", True) for title in stand_in] for selector in selectors}
+        pools = {
+            "in": [candidate for candidate in eligible if candidate.in_cluster],
+            "out": [candidate for candidate in eligible if not candidate.in_cluster],
+            "all": eligible,
+        }
+        taken = {}
+        for selector in selectors:
+            if pool := pools[selector.pool]:
+                ordered = self._in_order(selector, pool, record, split, index, embeddings)
+                titles = list(dict.fromkeys(candidate.title for candidate in ordered))[: selector.count]
+                taken[selector] = [Selection(title, "", title in self.catalogue) for title in titles]
+            elif self.fallback == "skip":
+                taken[selector] = []
+            else:
+                drawn = eligible[self._generator(_draw_name(selector), split, index).integers(len(eligible))]
+                taken[selector] = [Selection(drawn.title, "candidate", drawn.in_catalogue)]
+        return taken
 
     def random(self, titles: list[str], record: Record, split: str, index: int) -> str:
         """Returns one of the titles at random, but never the record's own target nor a title of its history.
@@ -119,35 +160,61 @@ class NegativeSelector:
             )
         return free[self._generator("random", split, index).integers(len(free))]
 
-    def _choose(
+    def _in_order(
         self,
-        kind: str,
-        candidates: list[Candidate],
+        selector: Selector,
+        pool: list[Candidate],
         record: Record,
         split: str,
         index: int,
-        choose: Callable[[list[Candidate]], Candidate | None],
-    ) -> Selection:
-        pool = self.eligible(candidates, record)
-        chosen = choose(pool)
-        if chosen is not None:
-            return Selection(chosen.title, "", chosen.in_catalogue)
-        if pool:
-            fallback = pool[self._generator(kind, split, index).integers(len(pool))]
-            return Selection(fallback.title, "candidate", fallback.in_catalogue)
-        return Selection(self.random(self.catalogue.titles, record, split, index), "catalogue", True)
+        embeddings: Mapping[str, np.ndarray] | None,
+    ) -> list[Candidate]:
+        """Returns the pool in the selector's order; sorting is stable, so that ties stay as they were generated."""
+        match selector.order:
+            case "first":
+                return pool
+            case "random":
+                generator = self._generator(_draw_name(selector), split, index)
+                return [pool[place] for place in generator.permutation(len(pool))]
+            case "low_exposure":
+                return sorted(pool, key=lambda candidate: candidate.exposure)
+            case "high_exposure":
+                return sorted(pool, key=lambda candidate: -candidate.exposure)
+            case "likely":
+                return sorted(pool, key=lambda candidate: -candidate.log_prob)
+        end, reference = selector.order.split("_")
+        titles = [record.target] if reference == "target" else record.history
+        if not titles:
+            return pool  # no history, nothing to be near to
+        # the mean of the cosines with several unit vectors is the product with their mean
+        towards = np.mean([embeddings[title] for title in titles], axis=0)  # [D]
+        sign = -1 if end == "nearest" else 1
+        return sorted(pool, key=lambda candidate: sign * float(embeddings[candidate.title] @ towards))
 
-    def _generator(self, kind: str, split: str, index: int) -> np.random.Generator:
-        return np.random.default_rng(record_seed(self.seed, f"{split}/{kind}", index))
+    def _generator(self, name: str, split: str, index: int) -> np.random.Generator:
+        return np.random.default_rng(record_seed(self.seed, f"{split}/{name}", index))
 
 
-def fallback_counts(selections: Iterable[Selection]) -> dict[str, int]:
-    """Counts what became of the negatives of one kind, for `run.json`."""
+def _draw_name(selector: Selector) -> str:
+    """Returns what a selector's random numbers are named after; the count is no part of it."""
+    return RULES.get((selector.pool, selector.order), f"{selector.pool}:{selector.order}")
+
+
+def selection_counts(selections: Iterable[list[Selection]], count: int) -> dict[str, int]:
+    """Counts what became of the negatives of one selector, for `run.json`.
+
+    Args:
+        selections: what it took, record by record.
+        count: how many titles it asks for.
+    """
     selections = list(selections)
-    kinds = Counter(selection.fallback for selection in selections)
+    titles = [selection for chosen in selections for selection in chosen]
+    fallbacks = Counter(selection.fallback for selection in titles)
     return {
-        "records": len(selections),
-        "random_candidate": kinds["candidate"],
-        "random_catalogue_title": kinds["catalogue"],
-        "not_in_catalogue": sum(not selection.in_catalogue for selection in selections),
+        "titles": len(titles),
+        "records_with_fewer_than_count": sum(0 < len(chosen) < count for chosen in selections),
+        "random_candidate": fallbacks["candidate"],
+        "random_catalogue_title": fallbacks["catalogue"],
+        "left_out": sum(not chosen for chosen in selections),
+        "not_in_catalogue": sum(not selection.in_catalogue for selection in titles),
     }

@@ -1,10 +1,44 @@
-"""Preference records, as stage 2 writes and stage 3 reads them: one chosen title, one or more rejected ones."""
+"""Preference data: what both scripts of stage 2 take and read, and the records that they write and stage 3 reads."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cebs.catalogue import CATALOGUE_FILES
 from cebs.prompts import Record, quote
-from utils import InputError, read_list
+from utils import InputError, RunArguments, read_list, read_records
+
+SPLITS = ("train", "valid")
+
+
+@dataclass(kw_only=True)
+class PreferenceArguments(RunArguments):
+    """What both scripts of stage 2 take, beside the arguments of every run.
+
+    Args:
+        data_dir (`str`): data folder with `train_sample.json`, `valid_sample.json` and the catalogue.
+        max_train_samples, max_eval_samples (`int`, *optional*): use only the first records of a file.
+    """
+
+    data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training records."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first validation records."})
+
+    @property
+    def record_files(self) -> dict[str, Path]:
+        """The file of each split."""
+        return {split: Path(self.data_dir) / f"{split}_sample.json" for split in SPLITS}
+
+    @property
+    def data_files(self) -> list[Path]:
+        """All files of the data folder that are read."""
+        return [*self.record_files.values(), *(Path(self.data_dir) / name for name in CATALOGUE_FILES)]
+
+    def read_splits(self) -> tuple[dict[str, list[Record]], list[Record]]:
+        """Returns the records of each split that get negatives, and all training records, which say what is common."""
+        records = {split: read_records(file) for split, file in self.record_files.items()}
+        limits = {"train": self.max_train_samples, "valid": self.max_eval_samples}
+        return {split: records[split][: limits[split]] for split in SPLITS}, records["train"]
 
 
 def preference_record(record: Record, rejected: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Training and decoding both come through here, so a model is never asked with ano
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,11 +19,16 @@ NO_PREDICTION = "NAN"  # what SPRec and BIGRec ground when the model wrote nothi
 
 @dataclass(frozen=True)
 class Record:
-    """One training, validation or test example (section 1 of the data format)."""
+    """One training, validation or test example (section 1 of the data format).
+
+    `user` says whose record it is, where the data tell: records of one user are not independent, and error bars have
+    to know. It is empty where they do not.
+    """
 
     instruction: str
     input: str
     output: str
+    user: str = ""
 
     @property
     def history(self) -> list[str]:
@@ -38,6 +43,10 @@ class Record:
     @property
     def prompt(self) -> str:
         return build_prompt(self.instruction, self.input)
+
+    def to_dict(self) -> dict[str, str]:
+        """Returns the record as it stands in a file: without `user` where there is none."""
+        return {name: value for name, value in asdict(self).items() if value or name != "user"}
 
 
 def build_prompt(instruction: str, input: str) -> str:
@@ -73,8 +82,29 @@ def predicted_title(text: str) -> str:
     return title.strip() or NO_PREDICTION
 
 
+def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[str, int]:
+    """Shortens a prompt that is too long: it loses its oldest titles, never its instruction or response marker.
+
+    Returns:
+        `tuple[str, int]`: the prompt, at most `max_tokens` tokens long, and how many titles were left out.
+
+    Raises:
+        `InputError`: if the prompt does not fit even without any title.
+    """
+    dropped = 0
+    while (length := len(tokenizer(prompt).input_ids)) > max_tokens:
+        oldest = OLDEST_TITLE.search(prompt, max(prompt.find(INPUT_MARKER), 0))  # quotes before it are no titles
+        if oldest is None:
+            raise InputError(
+                f"a prompt has {length} tokens without any title, {max(max_tokens, 0)} fit; "
+                f"give a greater --max_length: {prompt!r}"
+            )
+        prompt, dropped = prompt[: oldest.start()] + prompt[oldest.end() :], dropped + 1
+    return prompt, dropped
+
+
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[list[int], int]:
-    """Tokenises a prompt; one that is too long loses its oldest titles, never its instruction or response marker.
+    """Tokenises a prompt; one that is too long loses its oldest titles (see `shorten_prompt`).
 
     Returns:
         `tuple[list[int], int]`: the token ids, at most `max_tokens` of them, and how many titles were left out.
@@ -82,18 +112,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: i
     Raises:
         `InputError`: if the prompt does not fit even without any title.
     """
-    dropped = 0
-    ids = tokenizer(prompt).input_ids
-    while len(ids) > max_tokens:
-        oldest = OLDEST_TITLE.search(prompt, max(prompt.find(INPUT_MARKER), 0))  # quotes before it are no titles
-        if oldest is None:
-            raise InputError(
-                f"a prompt has {len(ids)} tokens without any title, {max(max_tokens, 0)} fit; "
-                f"give a greater --max_length: {prompt!r}"
-            )
-        prompt, dropped = prompt[: oldest.start()] + prompt[oldest.end() :], dropped + 1
-        ids = tokenizer(prompt).input_ids
-    return ids, dropped
+    prompt, dropped = shorten_prompt(tokenizer, prompt, max_tokens)
+    return tokenizer(prompt).input_ids, dropped
+
+
+def title_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[range]:
+    """Returns where the titles of the history stand among the tokens of a prompt, oldest first.
+
+    A title's tokens are those that hold any part of it or of its quotes; the first and the last of them may hold the
+    space or the comma beside it as well.
+    """
+    marker = prompt.find(INPUT_MARKER)
+    if marker < 0:
+        return []  # no Input block: quotes in the instruction are no titles
+    encoded = tokenizer(prompt, return_offsets_mapping=True)
+    spans = []
+    for title in QUOTED.finditer(prompt, marker):
+        inside = [
+            index
+            for index, (start, end) in enumerate(encoded.offset_mapping)
+            if start < title.end() and end > title.start()
+        ]
+        spans.append(range(inside[0], inside[-1] + 1))
+    return spans
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:

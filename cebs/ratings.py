@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,10 +242,10 @@ def take_in_turns(windows: Sequence[Window], size: int, rng: np.random.Generator
     return [user_windows[turn] for turn in turns for user_windows in order if turn < len(user_windows)][:size]
 
 
-def make_record(history: Iterable[str], target: str, wording: Wording) -> Record:
+def make_record(history: Iterable[str], target: str, wording: Wording, user: str = "") -> Record:
     """Puts a history and a target into words."""
     titles = ", ".join(map(quote, history))
-    return Record(wording.instruction, f"{wording.before}{titles}{wording.after}", f"{quote(target)}\n")
+    return Record(wording.instruction, f"{wording.before}{titles}{wording.after}", f"{quote(target)}\n", user)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def write_data_folder(folder: str | Path, splits: dict[str, list[Record]], catal
     write_json(folder / "id2name.json", {str(index): title for title, index in ids.items()})
     write_json(folder / "genre_dict.json", dict.fromkeys(catalogue.counted_genres, 0))
     for split in SPLITS:
-        write_json(folder / f"{split}_sample.json", [asdict(record) for record in splits[split]])
+        write_json(folder / f"{split}_sample.json", [record.to_dict() for record in splits[split]])
 
 
 def read_sprec_split(path: Path, catalogue: Catalogue) -> list[Record]:

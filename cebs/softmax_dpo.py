@@ -1,11 +1,19 @@
-"""Softmax-DPO: one chosen title against any number of rejected ones, on TRL's `DPOTrainer`.
+"""DPO and its kin: one chosen title against one or more rejected ones, on TRL's `DPOTrainer`.
 
-S-DPO paper: Chen et al., "On Softmax Direct Preference Optimization for Recommendation", arXiv:2406.09215. With one
-rejected title it is DPO (Rafailov et al., arXiv:2305.18290) exactly.
+Every loss is a function of the completions' log-probabilities and lengths, so that all of them share the computation of
+the prompt (`cebs.branches`). Those for lists of rejected titles are here; those for one rejected title are TRL's own.
+
+- S-DPO (`softmax`): Chen et al., "On Softmax Direct Preference Optimization for Recommendation", arXiv:2406.09215
+- DMPO (`dmpo`): Bai et al., "Finetuning Large Language Model for Personalized Ranking", arXiv:2405.16127
+
+With one rejected title both are DPO (Rafailov et al., arXiv:2305.18290; TRL's `sigmoid`) exactly.
 """
 
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,24 +29,14 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad, selective_log_softmax, use_adapter
 
 from cebs.branches import branch_log_probs, shared_rows
+from cebs.guards import RECORD, FiniteLossMixin
 from cebs.prompts import encode_completion, encode_prompt
 from cebs.training import HardwareDefaults
+from utils import InputError
 
-
-@dataclass
-class SoftmaxDPOConfig(HardwareDefaults, DPOConfig):
-    """
-    TRL's `DPOConfig` with one more setting.
-
-    Args:
-        shared_prompt (`bool`, *optional*, defaults to `True`): compute each prompt once for all its completions;
-            `--no_shared_prompt` repeats it for each, as TRL does. Both give the same losses.
-    """
-
-    shared_prompt: bool = field(
-        default=True,
-        metadata={"help": "Compute each prompt once for all its completions; the losses are the same either way."},
-    )
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def softmax_dpo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, is_rejected: Tensor, beta: float) -> Tensor:
@@ -56,6 +54,105 @@ def softmax_dpo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, is_re
     """
     differences = beta * (rejected_logratios - chosen_logratios[:, None])
     return -F.logsigmoid(-differences.masked_fill(~is_rejected, -torch.inf).logsumexp(dim=1))
+
+
+def dmpo_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, is_rejected: Tensor, beta: float) -> Tensor:
+    """
+    The DMPO loss of arXiv:2405.16127: -log sigmoid(beta (r_chosen - mean_j r_j)).
+
+    Arguments and result are those of [`softmax_dpo_loss`].
+    """
+    return -F.logsigmoid(beta * (chosen_logratios - masked_mean(rejected_logratios, is_rejected)))
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Returns the mean of each row of `values` `[B, K]` where `mask` is true, `[B]`."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+
+LIST_LOSSES = {"softmax": softmax_dpo_loss, "dmpo": dmpo_loss}
+# those of `DPOTrainer`, which has no list of them
+TRL_LOSSES = (
+    *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired"),
+    *("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
+)
+# settings of `DPOConfig` that would have no effect here, or fail once the model is loaded, and their defaults
+UNSUPPORTED = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl", "sync_ref_model": False}
+
+
+@dataclass
+class SoftmaxDPOConfig(HardwareDefaults, DPOConfig):
+    """
+    TRL's `DPOConfig` with more losses and two more settings.
+
+    Args:
+        loss_type (`list[str]`, *optional*, defaults to `["softmax"]`): `softmax` (S-DPO) or `dmpo`, which take one
+            rejected title or a list of them; or one or several of TRL's own, weighted by `loss_weights`, which take one
+            rejected title.
+        sft_weight (`float`, *optional*, defaults to `0.0`): weight of the chosen title's negative log-likelihood per
+            token, added to the loss (RPO, arXiv:2404.19733). The mean is over records: a long title does not count for
+            more than a short one, as it does in TRL's `sft`.
+        shared_prompt (`bool`, *optional*, defaults to `True`): compute each prompt once for all its completions;
+            `--no_shared_prompt` repeats it for each, as TRL does. Both give the same losses.
+
+    Raises:
+        `ValueError`: a loss does not exist, or a setting does not go with it; the parser makes an `InputError` of it.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: ["softmax"],
+        metadata={
+            "help": "softmax (S-DPO) or dmpo, for one rejected title or lists of them; or TRL's own for one rejected "
+            f"title, several of which are added up by --loss_weights: {', '.join(TRL_LOSSES)}."
+        },
+    )
+    sft_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the chosen title's NLL per token, added to the loss (RPO)."}
+    )
+    shared_prompt: bool = field(
+        default=True,
+        metadata={"help": "Compute each prompt once for all its completions; the losses are the same either way."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.loss_type:
+            if name not in (known := (*LIST_LOSSES, *TRL_LOSSES)):
+                raise ValueError(f"--loss_type {name}: no such loss; there are {', '.join(known)}")
+            if name in LIST_LOSSES and len(self.loss_type) > 1:
+                raise ValueError(f"--loss_type {name}: stands alone; --sft_weight adds the chosen title's NLL")
+        if not self.beta > 0:
+            raise ValueError(f"--beta {self.beta}: must be above 0")
+        if not self.sft_weight >= 0:
+            raise ValueError(f"--sft_weight {self.sft_weight}: must be 0 or more")
+        if "robust" in self.loss_type and not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"--label_smoothing {self.label_smoothing}: robust takes 0 or more, below 0.5")
+        if "exo_pair" in self.loss_type and not 0 < self.label_smoothing < 1:
+            raise ValueError(f"--label_smoothing {self.label_smoothing}: exo_pair takes one between 0 and 1, as 1e-3")
+        for name, default in UNSUPPORTED.items():
+            if vars(self)[name] != default:
+                raise ValueError(f"--{name} {vars(self)[name]}: is not supported here; leave it out")
+
+
+def check_rejected(path: str | Path, records: list[dict[str, Any]], loss_type: list[str]) -> None:
+    """Checks that a loss can take the preference records of a file.
+
+    Raises:
+        `InputError`: naming the file and the first record with several rejected titles, where the loss takes one.
+    """
+    if loss_type[0] in LIST_LOSSES:
+        return
+    for index, record in enumerate(records):
+        if len(record["rejected"]) > 1:
+            raise InputError(
+                f"{path}: record {index}: has {len(record['rejected'])} rejected titles, and --loss_type "
+                f"{' '.join(loss_type)} takes one; use {' or '.join(LIST_LOSSES)}, or data with one rejected title"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Batches
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -118,11 +215,17 @@ class RepeatedPromptCollator:
 
 
 def _completion_columns(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Returns `is_completion` `[B, 1 + K]` and, where known, `ref_logps` `[B, 1 + K]`, 0 beyond a record's own."""
-    counts = torch.tensor([1 + len(example["rejected_ids"]) for example in examples])
-    columns = {"is_completion": torch.arange(int(counts.max())) < counts[:, None]}
+    """Returns `branch_lengths` in tokens, `is_completion` and, where known, `ref_logps`, `[B, 1 + K]` each.
+
+    The chosen title comes first; beyond a record's own titles all three are 0. Numbered records keep their number.
+    """
+    completions = [[example["chosen_ids"], *example["rejected_ids"]] for example in examples]
+    lengths = pad([torch.tensor([len(ids) for ids in row]) for row in completions], padding_value=0)
+    columns = {"branch_lengths": lengths, "is_completion": lengths > 0}
     if "ref_logps" in examples[0]:
         columns["ref_logps"] = pad([torch.tensor(example["ref_logps"]) for example in examples], padding_value=0.0)
+    if RECORD in examples[0]:
+        columns[RECORD] = torch.tensor([example[RECORD] for example in examples])
     return columns
 
 
@@ -139,7 +242,12 @@ def repeated_log_probs(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tens
     return log_probs[batch["row"]] * batch["is_completion"]
 
 
-class SoftmaxDPOTrainer(DPOTrainer):
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class SoftmaxDPOTrainer(FiniteLossMixin, DPOTrainer):
     """
     TRL's `DPOTrainer` for records with one rejected title or a list of them, of any length and mixed at will.
 
@@ -147,7 +255,7 @@ class SoftmaxDPOTrainer(DPOTrainer):
     is trained, the base model with the adapter switched off; never a second model.
 
     Args:
-        args ([`SoftmaxDPOConfig`]): TRL's configuration and `shared_prompt`.
+        args ([`SoftmaxDPOConfig`]): TRL's configuration, with the losses for lists.
         train_dataset, eval_dataset (`Dataset`): rows of `prompt`, `chosen` and `rejected` (a list of titles). Prompt
             and completions are tokenised apart and joined; too long a prompt loses its oldest titles.
     """
@@ -162,23 +270,25 @@ class SoftmaxDPOTrainer(DPOTrainer):
             data_collator=collator(processing_class.pad_token_id),
             **kwargs,
         )
+        # TRL's loss finds the reference log-probs in its batch: `_pair_loss` puts them there
+        self.precompute_ref_logps = True
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: DPOConfig, dataset_name: str
     ) -> Dataset:
         rows = []
-        for record in dataset:
+        for index, record in enumerate(dataset):
             chosen, *rejected = (
                 encode_completion(processing_class, title) for title in (record["chosen"], *record["rejected"])
             )
             room = (args.max_length or 2**30) - max(map(len, (chosen, *rejected)))
             prompt, dropped = encode_prompt(processing_class, record["prompt"], room)
             self.shortened_prompts += dropped > 0
-            rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+            rows.append({RECORD: index, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
         return Dataset.from_list(rows)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "chosen_ids", "rejected_ids", "ref_logps"]
+        self._signature_columns = [RECORD, "prompt_ids", "chosen_ids", "rejected_ids", "ref_logps"]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)
@@ -200,29 +310,68 @@ class SoftmaxDPOTrainer(DPOTrainer):
             return self._log_probs(reference, inputs)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Tensor], return_outputs: bool) -> Tensor:
-        is_rejected = inputs["is_completion"][:, 1:]  # [B, K]
+        lengths, is_rejected = inputs["branch_lengths"], inputs["is_completion"][:, 1:]  # [B, 1 + K], [B, K]
         logps = self._log_probs(model, inputs)  # [B, 1 + K]
-        ref_logps = inputs["ref_logps"] if self.precompute_ref_logps else self.compute_ref_log_probs(model, inputs)
+        ref_logps = inputs["ref_logps"] if "ref_logps" in inputs else self.compute_ref_log_probs(model, inputs)
         logratios = logps - ref_logps
-        losses = softmax_dpo_loss(logratios[:, 0], logratios[:, 1:], is_rejected, self.beta)  # [B]
+        if self.loss_types[0] in LIST_LOSSES:
+            list_loss = LIST_LOSSES[self.loss_types[0]]
+            loss = list_loss(logratios[:, 0], logratios[:, 1:], is_rejected, self.beta).mean()
+        else:
+            loss = self._pair_loss(logps, ref_logps, lengths)
+        chosen_nll = -logps[:, 0] / lengths[:, 0]  # [B], nats per token
+        loss = loss + self.args.sft_weight * chosen_nll.mean()
         self._record_rewards(logps.detach(), self.beta * logratios.detach(), is_rejected)
-        return (losses.mean(), {"rewards": logratios}) if return_outputs else losses.mean()
+        return (loss, {"rewards": logratios}) if return_outputs else loss
+
+    def _pair_loss(self, logps: Tensor, ref_logps: Tensor, lengths: Tensor) -> Tensor:
+        """
+        TRL's own loss of one chosen and one rejected title, from log-probabilities that are known already.
+
+        TRL computes it from the log-probabilities of tokens, in rows of which the first half are the chosen titles. It
+        takes only their sums and counts, so a title's whole log-probability may stand at its first token:
+
+            chosen a0 a1 a2, rejected b0 b1    completion_mask  0 1 1 1    log_probs  log p(a)  0  0
+                                                                0 1 1 0               log p(b)  0  0
+
+        Args:
+            logps, ref_logps (`Tensor`, `[B, 2]`): under the policy and the reference, in nats.
+            lengths (`Tensor` of int, `[B, 2]`): in tokens.
+
+        Returns:
+            `Tensor`: a scalar, the mean over the records.
+        """
+        (chosen_logps, rejected_logps), (ref_chosen_logps, ref_rejected_logps) = logps.unbind(1), ref_logps.unbind(1)
+        columns = torch.arange(1 + int(lengths.max()), device=lengths.device)
+        completion_mask = ((columns > 0) & (columns <= lengths.T.reshape(-1, 1))).long()  # [2B, 1 + L]
+        log_probs = F.pad(torch.cat([chosen_logps, rejected_logps])[:, None], (0, len(columns) - 2))  # [2B, L]
+        batch = {
+            "input_ids": completion_mask,  # any ids will do
+            "attention_mask": completion_mask,
+            "completion_mask": completion_mask,
+            "ref_chosen_logps": ref_chosen_logps,
+            "ref_rejected_logps": ref_rejected_logps,
+        }
+        zeros = torch.zeros_like(log_probs)
+        outputs = SimpleNamespace(log_probs=log_probs, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
+        # TRL's figures of the tokens that it was not shown are not to be logged
+        metrics, self._metrics = self._metrics, {"train": defaultdict(list), "eval": defaultdict(list)}
+        try:
+            return super()._compute_loss(lambda **kwargs: outputs, batch, return_outputs=False)
+        finally:
+            self._metrics = metrics
 
     def _record_rewards(self, logps: Tensor, rewards: Tensor, is_rejected: Tensor) -> None:
         """Logs what TRL logs; of several rejected titles the mean, and accuracy counts a win over all of them."""
-
-        def rejected_mean(values: Tensor) -> Tensor:  # [B, K] -> [B]
-            return (values * is_rejected).sum(dim=1) / is_rejected.sum(dim=1)
-
         chosen, rejected = rewards[:, 0], rewards[:, 1:]  # [B], [B, K]
         wins = chosen > rejected.masked_fill(~is_rejected, -torch.inf).amax(dim=1)
         figures = {
             "rewards/chosen": chosen,
-            "rewards/rejected": rejected_mean(rejected),
+            "rewards/rejected": masked_mean(rejected, is_rejected),
             "rewards/accuracies": wins.float(),
-            "rewards/margins": chosen - rejected_mean(rejected),
+            "rewards/margins": chosen - masked_mean(rejected, is_rejected),
             "logps/chosen": logps[:, 0],
-            "logps/rejected": rejected_mean(logps[:, 1:]),
+            "logps/rejected": masked_mean(logps[:, 1:], is_rejected),
         }
         mode = "train" if self.model.training else "eval"
         for name, values in figures.items():

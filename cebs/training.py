@@ -2,7 +2,7 @@
 
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,26 @@ from transformers import (
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from cebs.prompts import encode_completion, encode_prompt
-from utils import InputError, Run, check_counts, has_fast_bf16, is_main_process, load_model, read_json, save_adapter
+from cebs.guards import RECORD, FiniteLossMixin
+from cebs.prompts import encode_completion, shorten_prompt, title_tokens
+from utils import (
+    InputError,
+    Run,
+    check_counts,
+    has_fast_bf16,
+    is_main_process,
+    load_model,
+    read_json,
+    save_adapter,
+    write_json,
+)
 
 # TRL 1.16 itself asks transformers 5.23 for the old name
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
-TRAINING_OUTPUTS = ("final_model",)
+TRAINING_OUTPUTS = ("final_model", "training_log.json")
 TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
 
 
@@ -101,11 +113,63 @@ def stopping_callbacks(loss_threshold: float | None, patience: int | None) -> li
     return callbacks
 
 
-class CompletionTrainer(SFTTrainer):
-    """TRL's `SFTTrainer`, with logits only in the columns where some record of the batch has a completion token.
+class CompletionCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, with the labels of the history beside those of the answer.
 
-    The loss is the same. TRL's fused head scores every position where there is no Triton, and most of ours are prompt.
+    ```python
+    >>> rows = [
+    ...     {"record": 0, "input_ids": [1, 2, 3], "labels": [-100, -100, 3], "history_labels": [-100, 2, -100]},
+    ...     {"record": 1, "input_ids": [4, 5], "labels": [-100, 5], "history_labels": [-100, -100]},
+    ... ]
+    >>> CompletionCollator(pad_token_id=0)(rows)
+    {'input_ids': tensor([[1, 2, 3], [4, 5, 0]]),
+     'labels': tensor([[-100, -100, 3], [-100, 5, -100]]),
+     'attention_mask': tensor([[1, 1, 1], [1, 1, 0]]),
+     'history_labels': tensor([[-100, 2, -100], [-100, -100, -100]]),
+     'record': tensor([0, 1])}
+    ```
     """
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().torch_call(examples)
+        batch["history_labels"] = torch.full_like(batch["labels"], -100)
+        for row, example in zip(batch["history_labels"], examples, strict=True):
+            row[: len(example["history_labels"])] = torch.tensor(example["history_labels"])
+        batch[RECORD] = torch.tensor([example[RECORD] for example in examples])
+        return batch
+
+
+class CompletionTrainer(FiniteLossMixin, SFTTrainer):
+    """TRL's `SFTTrainer` for answers and, with a weight, for the titles of the history before them.
+
+    The loss is a weighted mean over tokens: 1 for each token of an answer, `history_loss_weight` for each token of
+    `history_labels`. Rows without the latter, which is what to evaluate on, have TRL's loss.
+
+    Logits are computed only in the columns where some record of the batch has a label: TRL's fused head scores every
+    position where there is no Triton, and most of ours are prompt.
+
+    Args:
+        history_loss_weight (`float`): weight of a token of the history.
+        kwargs: `SFTTrainer`'s own arguments.
+    """
+
+    def __init__(self, *, history_loss_weight: float, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.history_loss_weight = history_loss_weight
+        self.data_collator = CompletionCollator(**vars(self.data_collator))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = [RECORD, "input_ids", "labels", "history_labels"]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], torch.Tensor]:
+        """Returns the batches of one optimiser step, and the sum of their tokens' weights over all processes."""
+        batches, answer_tokens = super().get_batch_samples(epoch_iterator, num_batches, device)
+        history_tokens = torch.stack([(batch["history_labels"][:, 1:] != -100).sum() for batch in batches]).sum()
+        if self.args.average_tokens_across_devices:
+            history_tokens = self.accelerator.gather(history_tokens.to(device)).sum()
+        return batches, answer_tokens + self.history_loss_weight * history_tokens
 
     def compute_loss(
         self,
@@ -114,37 +178,64 @@ class CompletionTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        labels = inputs["labels"][:, 1:]  # [B, L - 1], the token that each column predicts
-        columns = (labels != -100).any(dim=0).nonzero().squeeze(1)  # [C]
+        # the token that each column predicts
+        answer, history = inputs["labels"][:, 1:], inputs["history_labels"][:, 1:]  # [B, L - 1] each
+        columns = ((answer != -100) | (history != -100)).any(dim=0).nonzero().squeeze(1)  # [C]
         outputs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             logits_to_keep=columns,
             use_cache=False,
         )
-        labels = labels[:, columns]  # [B, C]
-        loss = F.cross_entropy(outputs.logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is over all processes, and DDP takes the mean
+        answer, history = answer[:, columns].flatten(), history[:, columns].flatten()  # [B * C] each
+        log_probs = outputs.logits.flatten(0, 1).float().log_softmax(dim=-1)  # [B * C, V]
+        loss = F.nll_loss(log_probs, answer, reduction="sum")
+        loss = loss + self.history_loss_weight * F.nll_loss(log_probs, history, reduction="sum")
+        if num_items_in_batch is None:
+            loss = loss / ((answer != -100).sum() + self.history_loss_weight * (history != -100).sum())
+        else:
+            loss = loss / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                loss = loss * self.accelerator.num_processes  # the sum is over all processes, and DDP takes the mean
         return (loss, outputs) if return_outputs else loss
 
 
 def tokenize_records(
-    tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[str, str]], max_length: int | None
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Iterable[tuple[str, str]],
+    max_length: int | None,
+    label_history: bool = False,
 ) -> tuple[Dataset, int]:
-    """Tokenises (prompt, completion) pairs apart and joins them; the loss is on the completion only.
+    """Tokenises (prompt, completion) pairs apart and joins them.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        pairs: prompts and completions.
+        max_length: how many tokens a row may have; `None` is no limit.
+        label_history: whether the titles of the history have labels too, all but the first, which nothing foretells.
 
     Returns:
-        `tuple[Dataset, int]`: rows of `input_ids` and `labels` (-100 on the prompt), and how many of them lost their
-        oldest titles to fit in `max_length`.
+        `tuple[Dataset, int]`: rows of `input_ids`, `labels` (the completion; -100 elsewhere) and `history_labels` (the
+        titles of the history; -100 elsewhere), and how many prompts lost their oldest titles to fit in `max_length`.
     """
     rows, shortened = [], 0
-    for prompt, completion in pairs:
+    for index, (prompt, completion) in enumerate(pairs):
         completion_ids = encode_completion(tokenizer, completion)
-        prompt_ids, dropped = encode_prompt(tokenizer, prompt, (max_length or 2**30) - len(completion_ids))
+        prompt, dropped = shorten_prompt(tokenizer, prompt, (max_length or 2**30) - len(completion_ids))
+        prompt_ids = tokenizer(prompt).input_ids
         shortened += dropped > 0
-        rows.append({"input_ids": prompt_ids + completion_ids, "labels": [-100] * len(prompt_ids) + completion_ids})
+        input_ids = prompt_ids + completion_ids
+        history_labels = [-100] * len(input_ids)
+        for span in title_tokens(tokenizer, prompt)[1:] if label_history else ():
+            history_labels[span.start : span.stop] = input_ids[span.start : span.stop]
+        rows.append(
+            {
+                RECORD: index,
+                "input_ids": input_ids,
+                "labels": [-100] * len(prompt_ids) + completion_ids,
+                "history_labels": history_labels,
+            }
+        )
     return Dataset.from_list(rows), shortened
 
 
@@ -187,6 +278,7 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
         print(f"going on from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     if is_main_process():
+        write_json(run.path / "training_log.json", trainer.state.log_history)
         save_adapter(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.processing_class,

@@ -16,7 +16,7 @@ Four titles, `[5, 7, 2]`, `[5, 7, 9, 2]`, `[5, 8, 2]` and `[6, 2]`, numbered 0 t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -84,21 +84,56 @@ def build_trie(completions: Sequence[Sequence[int]]) -> TokenTrie:
     return TokenTrie(*(torch.from_numpy(array.astype(np.int32)) for array in arrays))
 
 
-def children(trie: TokenTrie, nodes: Tensor) -> tuple[Tensor, Tensor]:
+def children(trie: TokenTrie, nodes: Tensor) -> Tensor:
     """
-    All edges out of a set of nodes.
+    All edges out of a set of nodes, one line per node.
 
     Args:
-        trie (`TokenTrie`): with E edges out of `nodes` in total.
-        nodes (`Tensor` of int64, `[N]`): may repeat.
+        trie (`TokenTrie`): on the device of `nodes`.
+        nodes (`Tensor` of int64, `[N]`): at least one; may repeat.
 
     Returns:
-        `tuple[Tensor, Tensor]`: `parent` and `child`, int64 `[E]`: the position in `nodes` that an edge leaves from,
-        ascending, and the node that it leads to.
+        `Tensor` of int64, `[N, M]`, M the most children of a node: the nodes that the edges lead to, in the order of
+        their tokens, then 0 where a node has fewer (the root is nobody's child).
     """
-    first = trie.offsets[nodes].long()  # [N]
-    count = trie.offsets[nodes + 1] - first  # [N]
-    parent = torch.repeat_interleave(count)  # [E]
-    # Position among all edges, less that of the same parent's first edge.
-    child = torch.arange(len(parent), device=nodes.device) + (first - (count.cumsum(0) - count))[parent]
-    return parent, child
+    first, end = trie.offsets[nodes].long(), trie.offsets[nodes + 1].long()  # [N]
+    child = first[:, None] + torch.arange(int((end - first).max()), device=nodes.device)
+    return child.masked_fill_(child >= end[:, None], 0)
+
+
+def title_paths(trie: TokenTrie) -> list[Tensor]:
+    """Returns the nodes on the way to each title, in title order: int64 `[length]` each, without the root."""
+    parents = torch.cat(
+        [torch.zeros(1, dtype=torch.long), torch.repeat_interleave(trie.offsets.diff().long())]
+    ).tolist()
+    paths = {}
+    for end in (trie.titles >= 0).nonzero()[:, 0].tolist():
+        path = [end]
+        while parents[path[-1]]:
+            path.append(parents[path[-1]])
+        paths[int(trie.titles[end])] = torch.tensor(path[::-1])
+    return [paths[title] for title in range(len(paths))]
+
+
+def best_rise(trie: TokenTrie, edge_bias: Tensor) -> Tensor:
+    """
+    The most that a sum of edge weights can still rise on the way from each node to a title below it.
+
+    Args:
+        trie (`TokenTrie`): on the device of `edge_bias`.
+        edge_bias (`Tensor`, `[num_nodes]`): the weight of the edge that leads to each node.
+
+    Returns:
+        `Tensor`, `[num_nodes]`: the largest sum over the paths to titles below; -inf where there is nothing below.
+    """
+    levels = [(0, 1)]  # the nodes of each level, down to an empty one
+    while levels[-1][0] < levels[-1][1]:
+        levels.append(tuple(int(trie.offsets[node]) for node in levels[-1]))
+    rise = torch.full_like(edge_bias, float("-inf"))
+    for (start, end), below in reversed(list(pairwise(levels))):
+        child = slice(*below)
+        ends_here = torch.where(trie.titles[child] >= 0, 0.0, float("-inf"))
+        value = edge_bias[child] + torch.maximum(rise[child], ends_here)
+        parent = torch.repeat_interleave(trie.offsets[start : end + 1].diff().long())
+        rise[start:end].scatter_reduce_(0, parent, value, "amax")
+    return rise

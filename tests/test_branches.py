@@ -1,5 +1,9 @@
 """Fast equals slow: everything the engine computes, against the plain computation on concatenated sequences."""
 
+from collections import Counter
+from itertools import pairwise
+from math import inf
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,7 +20,7 @@ from transformers import (
 )
 
 from cebs.branches import beam_search, branch_log_probs, greedy, sample_until, shared_rows
-from cebs.trie import build_trie
+from cebs.trie import build_trie, title_paths
 
 VOCABULARY = 97
 STOP = torch.tensor([2, 10, 11, 12, 13])
@@ -210,7 +214,7 @@ def test_no_prompts():
 
 def sample(prompts, seeds, accept=lambda i, branches: True, **kwargs):
     settings = dict(max_new_tokens=8, stop_token_ids=STOP) | kwargs
-    return dict(sample_until(MODEL, prompts, accept=accept, seeds=seeds, **settings))
+    return {i: branches for i, branches, _ in sample_until(MODEL, prompts, accept=accept, seeds=seeds, **settings)}
 
 
 @quick
@@ -292,81 +296,330 @@ def test_sampled_branches_follow_the_distribution(top_k, temperature):
     assert chi2_contingency(table[:, table.sum(0) > 0]).pvalue > 1e-3
 
 
+# Titles of few tokens, all ended by token 2, so that none is the beginning of another.
+catalogues = st.lists(
+    st.lists(st.integers(3, 7), min_size=1, max_size=4).map(lambda title: (*title, 2)),
+    min_size=1,
+    max_size=25,
+    unique=True,
+)
+
+
+@quick
+@given(prompts=prompt_lists, titles=st.none() | catalogues, num_branches=st.integers(1, 7), top_k=st.integers(1, 120))
+def test_log_probs_of_samples(prompts, titles, num_branches, top_k):
+    """The model's own, of the whole branch: neither temperature nor top_k nor the trie changes them."""
+    found = sample_until(
+        MODEL,
+        prompts,
+        titles and build_trie(titles),
+        accept=lambda index, branches: False,
+        seeds=list(range(len(prompts))),
+        num_branches=num_branches,
+        max_branches=8,
+        top_k=top_k,
+        temperature=0.7,
+        max_new_tokens=5,
+        stop_token_ids=STOP,
+    )
+    for i, branches, log_probs in found:
+        assert len(branches) == len(log_probs) == 8
+        assert titles is None or set(map(tuple, branches)) <= set(titles)
+        with torch.no_grad():
+            expected = [float(concatenated(MODEL, prompts[i], branch)) for branch in branches]
+        assert log_probs == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("top_k", [2, 50])
+def test_constrained_samples_follow_the_renormalised_distribution(top_k):
+    """4,000 titles against the product of each step's probabilities, renormalised over the trie's edges."""
+    prompt, n = ragged_batch()[0][2], 4000
+    g = torch.Generator().manual_seed(4)
+    titles = [(*title, 2) for title in torch.randint(3, 8, (40, 3), generator=g).unique(dim=0).tolist()]
+    titles += [(3, 2), (4, 5, 2), (7, 2)]
+
+    def share(title):
+        product = 1.0
+        for step, token in enumerate(title):
+            following = sorted({t[step] for t in titles if t[:step] == title[:step]})
+            log_probs = MODEL(torch.tensor([prompt + list(title[:step])])).logits[0, -1].double()[following]
+            kept = log_probs.topk(min(top_k, len(following)))
+            if following.index(token) not in kept.indices:
+                return 0.0
+            product *= float((log_probs[following.index(token)] - kept.values.logsumexp(0)).exp())
+        return product
+
+    ((_, found, _),) = sample_until(
+        MODEL,
+        [prompt],
+        build_trie(titles),
+        accept=lambda index, branches: True,
+        seeds=[7],
+        num_branches=n,
+        max_branches=n,
+        top_k=top_k,
+        max_new_tokens=4,
+        stop_token_ids=STOP,
+    )
+    counts = Counter(map(tuple, found))
+    with torch.no_grad():
+        expected = {title: n * share(title) for title in titles}
+    assert sum(expected.values()) == pytest.approx(n)
+    assert all(expected[title] > 0 for title in counts)
+    common = [title for title in titles if expected[title] >= 5]
+    rare = [sum(table[title] for title in titles if title not in common) for table in (counts, expected)]
+    observed = torch.tensor([counts[title] for title in common] + rare[:1], dtype=torch.double)
+    exact = torch.tensor([expected[title] for title in common] + rare[1:], dtype=torch.double)
+    assert len(common) > 3
+    assert chisquare(observed[exact > 0], exact[exact > 0]).pvalue > 1e-3
+
+
 # --- beam search ---
 
-catalogues = st.lists(
+any_titles = st.lists(
     st.lists(st.integers(3, 7), min_size=1, max_size=5).map(tuple), min_size=1, max_size=25, unique=True
 )
 
 
-def exhaustive(prompt, titles):
-    """All titles by log-probability, best first."""
-    with torch.no_grad():
-        log_probs = torch.stack([concatenated(MODEL, prompt, list(title)) for title in titles])
-    return log_probs.sort(descending=True)
+def plain_beams(prompt, num_beams, *, titles=None, bias=None, groups=1, penalty=0.0, max_new_tokens=None):
+    """The same search with prefixes in lists, one forward pass per beam, one group after the other.
+
+    `bias` gives the bias of the edge that leads to a prefix. Returns branches and scores, best first.
+    """
+    width = num_beams // groups
+
+    def best(candidates):
+        return sorted(candidates, key=lambda candidate: -candidate[1])[:width]
+
+    def ways(prefix):
+        """Token, log-prob, bias, whether the branch may end and go on there, and how far its score may rise then."""
+        log_probs = MODEL(torch.tensor([prompt + list(prefix)])).logits[0, -1].log_softmax(-1).tolist()
+        if titles is None:
+            stop = max(STOP.tolist(), key=lambda token: log_probs[token])
+            for token, log_prob in enumerate(log_probs):
+                if token not in STOP or token == stop:
+                    ends = token == stop or len(prefix) + 1 == max_new_tokens
+                    yield token, log_prob, ends, not ends, 0.0
+        else:
+            for token in {t[len(prefix)] for t in titles if len(t) > len(prefix) and t[: len(prefix)] == prefix}:
+                new = (*prefix, token)
+                longer = [t for t in titles if len(t) > len(new) and t[: len(new)] == new]
+                rises = [sum(bias[t[:n]] for n in range(len(new) + 1, len(t) + 1)) for t in longer] if bias else [0.0]
+                score = log_probs[token] + (bias[new] if bias else 0.0)
+                yield token, score, new in titles, bool(longer), max(rises, default=0.0)
+
+    pools, beams = [[] for _ in range(groups)], [[((), 0.0)] for _ in range(groups)]
+    while any(beams):
+        chosen, finished = Counter(), set()
+        for group in range(groups):
+            ending, going = [], []
+            for prefix, score in beams[group]:
+                for token, gain, ends, goes_on, rise in ways(prefix):
+                    candidate = ((*prefix, token), score + gain - penalty * chosen[token], rise)
+                    if ends and candidate[0] not in finished:
+                        ending.append(candidate)
+                    if goes_on:
+                        going.append(candidate)
+            ending, going = best(ending), best(going)
+            finished.update(branch for branch, _, _ in ending)
+            chosen.update(branch[-1] for branch, _, _ in going)
+            pools[group] = best(pools[group] + ending)
+            worst = pools[group][-1][1] if len(pools[group]) == width else -inf
+            beams[group] = [(branch, score) for branch, score, rise in going if score + rise > worst]
+    return sorted(((branch, score) for pool in pools for branch, score, _ in pool), key=lambda found: -found[1])
+
+
+@torch.no_grad()
+def check_against_plain(prompts, found, num_beams, **kwargs):
+    """Same branches in the same order, and the log-probs are the model's, without bias or penalty."""
+    for prompt, (branches, log_probs) in zip(prompts, found, strict=True):
+        expected = plain_beams(prompt, num_beams, **kwargs)
+        assert list(map(tuple, branches)) == [branch for branch, _ in expected]
+        assert len(set(map(tuple, branches))) == len(branches) <= num_beams
+        teacher_forced = [float(concatenated(MODEL, prompt, branch)) for branch in branches]
+        assert log_probs == pytest.approx(teacher_forced, abs=1e-4)
+
+
+few = settings(deadline=None, max_examples=8)
+short_prompts = st.lists(st.lists(tokens, min_size=1, max_size=12), min_size=1, max_size=3)
+group_sizes = st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (4, 1)])  # groups, beams of each
+
+
+@torch.no_grad()
+def exhaustive(prompt, titles, bias=None):
+    """All titles by log-probability plus the biases along them, best first."""
+    scores = [float(concatenated(MODEL, prompt, list(title))) for title in titles]
+    if bias:
+        scores = [s + sum(bias[t[:n]] for n in range(1, len(t) + 1)) for s, t in zip(scores, titles, strict=True)]
+    return sorted(zip(titles, scores, strict=True), key=lambda found: -found[1])
+
+
+@st.composite
+def biased_catalogues(draw):
+    """Titles, and a bias between -3 and 3 for each beginning of one."""
+    titles = draw(any_titles)
+    beginnings = sorted({title[:n] for title in titles for n in range(1, len(title) + 1)})
+    number = st.integers(0, 2**16)
+    return titles, {b: draw(number) / 2**16 * 6 - 3 + i * 1e-3 for i, b in enumerate(beginnings)}
+
+
+def edge_bias(trie, titles, bias):
+    """The biases of beginnings, as one number per node."""
+    numbers = torch.zeros(len(trie.tokens))
+    for title, path in zip(titles, title_paths(trie), strict=True):
+        numbers[path] = torch.tensor([bias[title[:n]] for n in range(1, len(title) + 1)])
+    return numbers
 
 
 @quick
-@given(prompts=prompt_lists, titles=catalogues, rows=st.integers(1, 6), spare=st.integers(0, 3))
+@given(prompts=prompt_lists, titles=any_titles, rows=st.integers(1, 6), spare=st.integers(0, 3))
 def test_as_wide_as_the_catalogue_is_exhaustive(prompts, titles, rows, spare):
     found = beam_search(MODEL, prompts, build_trie(titles), num_beams=len(titles) + spare, rows=rows)
-    for prompt, (title_ids, log_probs) in zip(prompts, found, strict=True):
+    for prompt, (branches, log_probs) in zip(prompts, found, strict=True):
         expected = exhaustive(prompt, titles)
-        torch.testing.assert_close(log_probs, expected.values, atol=1e-4, rtol=1e-5)
-        by_title = torch.empty(len(titles)).scatter(0, expected.indices, expected.values)
-        assert sorted(title_ids.tolist()) == list(range(len(titles)))
-        torch.testing.assert_close(by_title[title_ids], log_probs, atol=1e-4, rtol=1e-5)
+        assert sorted(map(tuple, branches)) == sorted(titles)
+        assert log_probs == pytest.approx([score for _, score in expected], abs=1e-4)
+        by_title = dict(expected)
+        assert log_probs == pytest.approx([by_title[tuple(branch)] for branch in branches], abs=1e-4)
 
 
 @quick
-@given(prompts=prompt_lists, titles=catalogues, num_beams=st.integers(1, 6))
-def test_narrow_beams(prompts, titles, num_beams):
-    """Each title at most once, in order, with its own exact log-prob, whatever the width."""
-    found = beam_search(MODEL, prompts, build_trie(titles), num_beams=num_beams)
-    for prompt, (title_ids, log_probs) in zip(prompts, found, strict=True):
-        assert 1 <= len(title_ids) <= num_beams and len(set(title_ids.tolist())) == len(title_ids)
-        assert (log_probs.diff() <= 0).all()
-        with torch.no_grad():
-            expected = torch.stack([concatenated(MODEL, prompt, list(titles[i])) for i in title_ids])
-        torch.testing.assert_close(log_probs, expected, atol=1e-4, rtol=1e-5)
+@given(prompts=prompt_lists, catalogue=biased_catalogues(), spare=st.integers(0, 3))
+def test_as_wide_as_the_catalogue_is_exhaustive_with_biases(prompts, catalogue, spare):
+    """A beam whose score is below every finished title's may still rise above them, and is not given up."""
+    titles, bias = catalogue
+    trie = build_trie(titles)
+    found = beam_search(MODEL, prompts, trie, num_beams=len(titles) + spare, edge_bias=edge_bias(trie, titles, bias))
+    for prompt, (branches, log_probs) in zip(prompts, found, strict=True):
+        assert sorted(map(tuple, branches)) == sorted(titles)
+        by_title = dict(exhaustive(prompt, titles, bias))
+        scores = [by_title[tuple(branch)] for branch in branches]
+        assert all(better >= worse - 1e-4 for better, worse in pairwise(scores))
+        plain = dict(exhaustive(prompt, titles))
+        assert log_probs == pytest.approx([plain[tuple(branch)] for branch in branches], abs=1e-4)
 
 
-def reference_beams(prompt, titles, num_beams):
-    """The same search with a dictionary of prefixes and one forward pass per beam."""
-
-    def best(scored):
-        return sorted(scored, key=lambda candidate: -candidate[1])[:num_beams]
-
-    pool, beams = [], [((), 0.0)]
-    while beams:
-        candidates = []
-        for prefix, score in beams:
-            log_probs = MODEL(torch.tensor([prompt + list(prefix)])).logits[0, -1].log_softmax(-1)
-            following = {t[len(prefix)] for t in titles if len(t) > len(prefix) and t[: len(prefix)] == prefix}
-            candidates += [((*prefix, token), score + float(log_probs[token])) for token in following]
-        pool = best(pool + [c for c in candidates if c[0] in titles])
-        going = [c for c in candidates if any(len(t) > len(c[0]) and t[: len(c[0])] == c[0] for t in titles)]
-        worst = pool[-1][1] if len(pool) == num_beams else float("-inf")
-        beams = [c for c in best(going) if c[1] > worst]
-    return pool
+def test_a_late_bias_is_waited_for():
+    """Width 2, three titles: the first two are whole before the third has met its bias."""
+    prompt, titles = ragged_batch()[0][2], [(3,), (4,), (5, 5, 5, 5)]
+    trie = build_trie(titles)
+    assert beam_search(MODEL, [prompt], trie, num_beams=2)[0][0] == [[3], [4]]
+    bias = torch.zeros(len(trie.tokens))
+    bias[title_paths(trie)[2][-1]] = 100.0
+    assert beam_search(MODEL, [prompt], trie, num_beams=2, edge_bias=bias)[0][0] == [[5, 5, 5, 5], [3]]
 
 
-@settings(deadline=None, max_examples=8)
-@given(prompts=prompt_lists, titles=catalogues, num_beams=st.integers(1, 6))
-def test_narrow_beams_equal_a_plain_beam_search(prompts, titles, num_beams):
-    found = beam_search(MODEL, prompts, build_trie(titles), num_beams=num_beams)
-    for prompt, (title_ids, _) in zip(prompts, found, strict=True):
-        with torch.no_grad():
-            expected = reference_beams(prompt, titles, num_beams)
-        assert [titles[i] for i in title_ids] == [title for title, _ in expected]
+@few
+@given(prompts=short_prompts, catalogue=biased_catalogues(), num_beams=st.integers(1, 6), biased=st.booleans())
+def test_narrow_beams_equal_a_plain_beam_search(prompts, catalogue, num_beams, biased):
+    titles, bias = catalogue
+    trie = build_trie(titles)
+    numbers = edge_bias(trie, titles, bias) if biased else None
+    found = beam_search(MODEL, prompts, trie, num_beams=num_beams, edge_bias=numbers)
+    check_against_plain(prompts, found, num_beams, titles=titles, bias=bias if biased else None)
+
+
+@few
+@given(prompts=short_prompts, sizes=group_sizes, penalty=st.sampled_from([0.0, 0.5, 3.0]), length=st.integers(1, 4))
+def test_free_beams_equal_a_plain_beam_search(prompts, sizes, penalty, length):
+    groups, width = sizes
+    found = beam_search(
+        MODEL,
+        prompts,
+        num_beams=groups * width,
+        num_beam_groups=groups,
+        diversity_penalty=penalty,
+        max_new_tokens=length,
+        stop_token_ids=STOP,
+    )
+    check_against_plain(prompts, found, groups * width, groups=groups, penalty=penalty, max_new_tokens=length)
+    for branches, _ in found:
+        assert all(set(branch[:-1]).isdisjoint(STOP.tolist()) for branch in branches)
+        assert all(branch[-1] in STOP or len(branch) == length for branch in branches)
+
+
+@few
+@given(prompts=short_prompts, titles=any_titles, sizes=group_sizes, penalty=st.sampled_from([0.0, 0.5, 3.0]))
+def test_diverse_beams_over_a_catalogue_equal_a_plain_search(prompts, titles, sizes, penalty):
+    groups, width = sizes
+    found = beam_search(
+        MODEL,
+        prompts,
+        build_trie(titles),
+        num_beams=groups * width,
+        num_beam_groups=groups,
+        diversity_penalty=penalty,
+    )
+    check_against_plain(prompts, found, groups * width, titles=titles, groups=groups, penalty=penalty)
+
+
+def stock_beams(prompt, num_beams, max_new_tokens, stop=None):
+    out = MODEL.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        do_sample=False,
+        num_beams=num_beams,
+        num_return_sequences=num_beams,
+        length_penalty=0.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop,
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    new = [row[len(prompt) :].tolist() for row in out.sequences]
+    return [row[: row.index(stop) + 1] if stop in row else row for row in new], out.sequences_scores.tolist()
+
+
+@few
+@given(prompt=st.lists(tokens, min_size=1, max_size=12), num_beams=st.integers(2, 6), length=st.integers(1, 5))
+def test_free_beams_equal_generate(prompt, num_beams, length):
+    """Without a stop token. With one, stock `generate` drops what ends outside the `num_beams` best of a step."""
+    no_token = torch.empty(0, dtype=torch.long)
+    found = beam_search(MODEL, [prompt], num_beams=num_beams, max_new_tokens=length, stop_token_ids=no_token)
+    branches, scores = stock_beams(prompt, num_beams, length)
+    assert found[0][0] == branches
+    assert found[0][1] == pytest.approx(scores, abs=1e-4)
+
+
+def test_free_beams_equal_generate_where_both_are_exhaustive():
+    """Two tokens and a beam for each first one: nothing is dropped, stop token or not."""
+    prompt, stop = ragged_batch()[0][2], 69
+    found = beam_search(MODEL, [prompt], num_beams=VOCABULARY, max_new_tokens=2, stop_token_ids=torch.tensor([stop]))
+    branches, scores = stock_beams(prompt, VOCABULARY, 2, stop)
+    assert found[0][0] == branches and [stop] in branches
+    assert found[0][1] == pytest.approx(scores, abs=1e-4)
+
+
+def test_a_stronger_penalty_gives_other_first_tokens():
+    prompt = ragged_batch()[0][2]
+    firsts = []
+    for penalty in (0.0, 100.0):
+        ((branches, _),) = beam_search(
+            MODEL,
+            [prompt],
+            num_beams=6,
+            num_beam_groups=6,
+            diversity_penalty=penalty,
+            max_new_tokens=4,
+            stop_token_ids=torch.tensor([2]),
+        )
+        firsts.append(len({branch[0] for branch in branches}))
+    assert firsts[0] < firsts[1] == 6
+
+
+def test_groups_share_the_beams_out():
+    with pytest.raises(ValueError, match="10 beams cannot be shared out evenly among 4 groups"):
+        beam_search(MODEL, [[5]], build_trie([[1]]), num_beams=10, num_beam_groups=4)
 
 
 def test_beams_do_not_depend_on_the_batch():
     g = torch.Generator().manual_seed(3)
     titles = [tuple(t) for t in torch.randint(3, 20, (200, 4), generator=g).unique(dim=0).tolist()]
     prompts = ragged_batch()[0]
-    together = beam_search(MODEL, prompts, build_trie(titles), num_beams=5, rows=3)
-    for prompt, (title_ids, log_probs) in zip(prompts, together, strict=True):
-        ((alone, scores),) = beam_search(MODEL, [prompt], build_trie(titles), num_beams=5)
-        assert alone.tolist() == title_ids.tolist()
-        torch.testing.assert_close(scores, log_probs, atol=1e-5, rtol=1e-5)
+    for trie, free in ((build_trie(titles), {}), (None, dict(max_new_tokens=6, stop_token_ids=STOP))):
+        together = beam_search(MODEL, prompts, trie, num_beams=6, num_beam_groups=2, rows=3, **free)
+        for prompt, (branches, log_probs) in zip(prompts, together, strict=True):
+            ((alone, scores),) = beam_search(MODEL, [prompt], trie, num_beams=6, num_beam_groups=2, **free)
+            assert alone == branches
+            assert scores == pytest.approx(log_probs, abs=1e-5)

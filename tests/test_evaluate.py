@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import evaluate
 from cebs import grounding
 from cebs.grounding import ground
 from evaluate import ScriptArguments, default_method, encoder_name, find_predictions, main, make_parser
-from utils import PROJECT, InputError, read_json, run_script, write_json
+from utils import PROJECT, InputError, read_json, run_script, sha256, write_json
 
 SHARED = PROJECT.parent / "shared"
 CATALOGUE = {
@@ -79,6 +80,7 @@ def arguments(tmp_path, predictions, encoder="no-encoder-needed", **more):
         "results_csv": str(tmp_path / "out" / "results.csv"),
         "metrics_json": str(tmp_path / "out" / "metrics.json"),
         "cache_dir": str(tmp_path / "cache"),
+        "bootstrap": 0,
         "seed": 42,
     }
     return ScriptArguments(**(settings | more))
@@ -125,6 +127,30 @@ def test_published_predictions_give_the_published_figures(name, tmp_path, kept_e
             assert float(row[column]) == metrics[at_k][metric]
 
 
+@pytest.mark.skipif(not (SHARED / "evaluation").is_dir(), reason="the published predictions (../shared) are not here")
+def test_the_published_rows_cannot_be_told_apart(tmp_path, kept_embeddings, capsys):
+    """HR@10 of 0.010 and 0.012 with a thousand users: two hits."""
+    for name, method in (("sft_tuned", "SFT"), ("dpo_random_negative", "DPO-RN")):
+        main(
+            arguments(
+                tmp_path,
+                SHARED / "evaluation" / f"{name}_predictions.json",
+                SHARED / "encoders" / "paraphrase-MiniLM-L3-v2",
+                data_dir=str(SHARED / "goodreads"),
+                method=method,
+                topk=[5, 10],
+                bootstrap=200,
+                cache_dir=str(kept_embeddings),
+            )
+        )
+    sft, dpo = rows(tmp_path)
+    assert (sft["HR@10"], dpo["HR@10"]) == ("0.01", "0.012")
+    assert float(dpo["HR@10_low"]) < 0.01 and 0.012 < float(sft["HR@10_high"])
+    printed = capsys.readouterr().out
+    assert "DPO-RN: no difference from SFT can be seen with 1000 users" in printed and "0.012†" not in printed
+    assert "the smallest difference in HR@10 that this test set could have shown: 0.0078" in printed
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The real command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,6 +177,9 @@ def test_the_command_line(tmp_path, data_dir, encoder):
     metrics = read_json(tmp_path / "m.json")
     assert metrics["@3"]["users"] == 4 and metrics["targets_in_catalogue"] == 3
     assert metrics["arguments"]["seed"] == 7 and len(metrics["predictions"]["sha256"]) == 64
+    low, high = metrics["intervals"]["HR@50"]
+    assert (row["HR@50_low"], row["HR@50_high"]) == (repr(low), repr(high)) and low <= 0.75 <= high
+    assert (tmp_path / "output/per_user/Books/my method.json").is_file()
 
 
 def test_bad_input_on_the_command_line(tmp_path):
@@ -166,6 +195,7 @@ def test_defaults_are_the_end_of_the_chain():
     assert script_args.predictions == "output/cluster_exposure/two_negatives/predictions"
     assert (script_args.data_dir, script_args.encoder) == ("sampled_data/ml-100k", "all-MiniLM-L6-v2")
     assert (script_args.topk, script_args.results_csv) == ([5, 10], "output/results.csv")
+    assert (script_args.bootstrap, script_args.reference, script_args.exclude_history) == (1000, None, False)
 
 
 def test_default_names(tmp_path):
@@ -288,6 +318,189 @@ def test_weights_that_are_not_needed_are_not_reported(tmp_path, encoder, caplog)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The history left out
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def recommended(tmp_path, method):
+    return [user["recommended"] for user in read_json(tmp_path / f"out/per_user/Books/{method}.json")["users"]]
+
+
+def test_titles_of_the_history_are_left_out(tmp_path, data_dir, encoder):
+    """Of the six titles the second record has read five: its list is one title long."""
+    read = "Read: " + ", ".join(f'"{title}"' for title in TITLES[:5])
+    records = [record('"Emma"'), record('"Emma"', "Ivanhoe", prompt=read), record('"Emma"', "Emma")]
+    write_json(tmp_path / "p.json", records)
+    for exclude_history in (False, True):
+        more = {"exclude_history": exclude_history, "method": str(exclude_history), "topk": [3]}
+        main(arguments(tmp_path, tmp_path / "p.json", encoder, **more))
+    whole, without = recommended(tmp_path, "False"), recommended(tmp_path, "True")
+    nearest = [TITLES[title] for title in ground(["Emma"], TITLES, encoder, 6, tmp_path / "cache")[0]]
+    assert whole == [nearest[:3]] * 3
+    assert without[0] == without[2] == [title for title in nearest if title not in ("It", "Emma")][:3]
+    assert without[1] == ["Ivanhoe"]
+    row_whole, row = rows(tmp_path)
+    assert (row_whole["Protocol"], row["Protocol"]) == ("grounded", "grounded, no history")
+    assert (row["Diversity@3"], row["DivRatio@3"]) == (
+        str(len({*without[0], "Ivanhoe"})),
+        repr(len({*without[0], "Ivanhoe"}) / 9),
+    )
+    assert float(row["HR@3"]) == (("Dune" in without[0]) + 1 + 0) / 3  # the last target is in its own history
+
+
+def test_rankings_lose_their_history_too(tmp_path, data_dir):
+    write_json(tmp_path / "p.json", [record(ranking=["It", "Dune", "Emma", "Dracula", "Ivanhoe"])])
+    main(arguments(tmp_path, tmp_path / "p.json", exclude_history=True))
+    assert recommended(tmp_path, "p") == [["Dune", "Dracula", "Ivanhoe"]]
+    assert rows(tmp_path)[0]["Protocol"] == "ranked, no history"
+    write_json(tmp_path / "q.json", [record(ranking=["It", "Dune", "Emma", "Dracula"])])
+    with pytest.raises(
+        InputError, match="q.json: record 0: its ranking has 2 titles that are not in its history, fewer"
+    ):
+        main(arguments(tmp_path, tmp_path / "q.json", exclude_history=True))
+
+
+def test_rankings_made_without_the_history_say_so(tmp_path, data_dir):
+    folder = tmp_path / "popularity"
+    write_json(folder / "predictions/raw_results_1.json", [record(ranking=["Dune", "The Hobbit", "Dracula"])])
+    run = {"script": "predict_baselines.py", "state": "done", "inputs": {}}
+    for excluded, protocol in ((True, "ranked, no history"), (False, "ranked")):
+        write_json(folder / "run.json", run | {"arguments": {"exclude_history": excluded}})
+        main(arguments(tmp_path, folder / "predictions"))
+        assert rows(tmp_path)[0]["Protocol"] == protocol
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each user got, intervals, and tests
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_training_records(data_dir, *targets):
+    texts = {"instruction": "Recommend.", "input": 'Books: "Emma"'}
+    write_json(data_dir / "train_sample.json", [texts | {"output": f'"{target}"\n'} for target in targets])
+
+
+def test_what_each_user_got(tmp_path, data_dir):
+    write_training_records(data_dir, "Dune", "Nowhere")
+    records = [
+        record('"Emma"\n', "Dune", ranking=["It", "Dune", "Emma"], user="a"),
+        record('"Cats"', "Nowhere", ranking=["It", "Dune", "Emma"], user=7),
+        record('"It"', '"Emma"\n', ranking=["Emma", "It", "Dune"]),
+    ]
+    write_json(tmp_path / "p.json", records)
+    main(arguments(tmp_path, tmp_path / "p.json", per_user=str(tmp_path / "users.json"), method="a/b"))
+    content = read_json(tmp_path / "users.json")
+    assert content == read_json(tmp_path / "out/per_user/Books/a%2Fb.json")
+    users = content.pop("users")
+    assert content == {
+        "dataset": "Books",
+        "method": "a/b",
+        "protocol": "ranked",
+        "encoder": None,
+        "topk": [2, 3],
+        "seed": 42,
+        "data_dir": str(data_dir),
+        "predictions": {"file": str(tmp_path / "p.json"), "sha256": sha256(tmp_path / "p.json")},
+    }
+    ndcg = math.log(2) / math.log(3)
+    assert users == [
+        {
+            "record": 0,
+            "user": "a",
+            "target": "Dune",
+            "target_exposure": 1,
+            "exposure_group": "tail",
+            "rank": 1,
+            "hit": {"2": 1, "3": 1},
+            "ndcg": {"2": pytest.approx(ndcg), "3": pytest.approx(ndcg)},
+            "prediction": "Emma",
+            "in_catalogue": True,
+            "recommended": ["It", "Dune", "Emma"],
+        },
+        {
+            "record": 1,
+            "user": "7",
+            "target": "Nowhere",
+            "target_exposure": 1,
+            "exposure_group": "tail",
+            "rank": None,
+            "hit": {"2": 0, "3": 0},
+            "ndcg": {"2": 0.0, "3": 0.0},
+            "prediction": "Cats",
+            "in_catalogue": False,
+            "recommended": ["It", "Dune", "Emma"],
+        },
+        {
+            "record": 2,
+            "user": "",
+            "target": "Emma",
+            "target_exposure": 2,
+            "exposure_group": "head",
+            "rank": 0,
+            "hit": {"2": 1, "3": 1},
+            "ndcg": {"2": 1.0, "3": 1.0},
+            "prediction": "It",
+            "in_catalogue": True,
+            "recommended": ["Emma", "It", "Dune"],
+        },
+    ]
+    (row,) = rows(tmp_path)
+    assert (row["HR_tail@3"], row["HR_head@3"], row["HR_middle@3"]) == ("0.5", "1.0", "")
+    assert row["Notes"] == "NDCG_middle@2, HR_middle@2, NDCG_middle@3, HR_middle@3: no target is of the middle"
+
+
+def test_what_each_user_got_as_parquet(tmp_path, data_dir):
+    from pyarrow import parquet
+
+    write_json(tmp_path / "p.json", [record(ranking=TITLES), record(ground_truth="-", ranking=TITLES)])
+    main(arguments(tmp_path, tmp_path / "p.json", per_user=str(tmp_path / "deep/users.parquet")))
+    content = read_json(tmp_path / "out/per_user/Books/p.json")
+    table = parquet.read_table(tmp_path / "deep/users.parquet")
+    assert table.to_pylist() == content.pop("users")
+    assert json.loads(table.schema.metadata[b"evaluation"]) == content
+    assert list((tmp_path / "deep").iterdir()) == [tmp_path / "deep/users.parquet"]
+
+
+def test_without_training_records_exposure_is_not_known(tmp_path, data_dir, capsys):
+    write_json(tmp_path / "p.json", [record(ranking=TITLES)])
+    main(arguments(tmp_path, tmp_path / "p.json"))
+    (row,) = rows(tmp_path)
+    assert row["Coverage@2"] == row["HR_tail@2"] == "" and row["Gini@2"] != ""
+    assert row["Notes"] == "Coverage and accuracy by exposure: the data folder has no train_sample.json"
+    assert f"note: {row['Notes']}" in capsys.readouterr().out
+    (user,) = read_json(tmp_path / "out/per_user/Books/p.json")["users"]
+    assert (user["target_exposure"], user["exposure_group"]) == (None, "")
+
+
+def test_intervals_are_seeded_and_draw_whole_users(tmp_path, data_dir):
+    """Each user's records all hit or all miss: five users know less than fifty records of as many."""
+    hit, miss = ["Dune", "It", "Emma"], ["It", "Emma", "Ivanhoe"]
+
+    def interval(name, users, seed=42):
+        records = [record(ranking=hit if index % 5 < 3 else miss, user=users(index)) for index in range(50)]
+        write_json(tmp_path / f"{name}.json", records)
+        main(arguments(tmp_path, tmp_path / f"{name}.json", bootstrap=500, seed=seed))
+        row = next(row for row in rows(tmp_path) if row["Model"] == name)
+        assert float(row["HR@3"]) == 0.6
+        return float(row["HR@3_low"]), float(row["HR@3_high"])
+
+    alone = interval("alone", lambda index: "")
+    of_five = interval("of five", lambda index: index % 5)
+    assert of_five[1] - of_five[0] > 2 * (alone[1] - alone[0])
+    assert interval("again", lambda index: "") == alone
+    assert interval("numbered", lambda index: index) == alone
+    assert interval("other seed", lambda index: "", seed=1) != alone
+
+
+def test_an_interval_that_cannot_be_had_is_empty_and_says_why(tmp_path, data_dir):
+    write_json(tmp_path / "p.json", [record(ranking=["It", "Emma", "Ivanhoe"])] * 4)
+    main(arguments(tmp_path, tmp_path / "p.json", bootstrap=50))
+    (row,) = rows(tmp_path)
+    assert (row["HR@2"], row["HR@2_low"], row["HR@2_high"]) == ("0.0", "", "")
+    assert "NDCG@2, HR@2" in row["Notes"] and "no interval, for the resamples do not differ" in row["Notes"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What is refused
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -307,6 +520,9 @@ def ranked(*titles):
         (json.dumps([record(), record(None)]), "p.json: record 1: 'prediction' must be text, not NoneType"),
         (json.dumps([record(prompt=["a"])]), "p.json: record 0: 'prompt' must be text"),
         (json.dumps([record('"\ud800"')]), "p.json: record 0: 'prediction' holds half a character"),
+        (json.dumps([record(ground_truth="\ud800")]), "p.json: record 0: 'ground_truth' holds half a character"),
+        (json.dumps([record(), record(user=["a"])]), "p.json: record 1: 'user' must be text or a number, not list"),
+        (json.dumps([record(user=True)]), "p.json: record 0: 'user' must be text or a number, not bool"),
         (ranked("Emma", "Nowhere", "It"), "p.json: record 1: 'Nowhere' of its ranking is not in the catalogue"),
         (ranked("Emma", "It"), "p.json: record 1: its ranking has 2 titles, fewer than --topk 3"),
         (ranked("Emma", "It", "Emma"), "p.json: record 1: its ranking has 'Emma' more than once"),
@@ -331,6 +547,9 @@ def test_bad_predictions(tmp_path, data_dir, predictions, message):
         ({"encoder": "."}, "no *.safetensors file"),
         ({"results_csv": "."}, "cannot be read"),
         ({"metrics_json": "."}, "is a folder"),
+        ({"per_user": "users.csv"}, "users.csv: --per_user needs a file that ends in .json or .parquet"),
+        ({"bootstrap": -1}, "--bootstrap: -1 is below 0"),
+        ({"seed": -1}, "--seed: -1 is below 0"),
     ],
 )
 def test_bad_arguments(tmp_path, data_dir, monkeypatch, changed, message):

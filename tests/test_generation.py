@@ -1,11 +1,15 @@
-"""Journals and batches: what is finished stays, what was cut short is done again."""
+"""Journals and batches: what is finished stays, what was cut short is done again. And how titles are proposed."""
 
 import json
 
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cebs.generation import Journal, run_in_batches
+from cebs.generation import CandidateArguments, Decoder, Journal, run_in_batches
+from cebs.prompts import build_prompt, encode_completion, predicted_title, quote
+from utils import load_model
 
 answers = st.text(st.characters(codec="utf-8"), max_size=8)
 
@@ -64,3 +68,109 @@ def test_a_batch_is_on_the_disk_when_append_returns(tmp_path):
     journal.append([{"prediction": '"Les Misérables\u2028"\n'}])
     assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == journal.batches[0]
     assert (tmp_path / "j").read_text(encoding="utf-8").count("\n") == 1
+
+
+# --- proposing titles ---
+
+TITLES = [
+    "Emma",
+    "Emma: A Novel",
+    "Les Misérables",
+    "1984",
+    'The "Real" Thing',
+    "Ночь 🌒",
+    "The Time Machine",
+    "The Trial",
+]
+TITLES += [f"{first} {last}" for first in ("The Old", "A New", "Our") for last in ("House", "Horse", "Home", "Hour")]
+PROMPTS = [build_prompt("Recommend a book.", f'"{title}"') for title in ("Emma", "The Trial", "Dracula, the Book")]
+SOURCES = ("topk", "beam", "diverse_beam")
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_model, tokenizer):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Decoder(load_model(tiny_model).eval(), tokenizer, max_length=512, max_new_tokens=8, rows=2)
+    torch.set_num_threads(threads)
+
+
+def candidate_arguments(**changed):
+    settings = dict(num_candidates=6, max_candidates=12, top_k=50, temperature=1.0, num_beam_groups=3)
+    return CandidateArguments(
+        **dict(settings, candidate_source="topk", constrained=False, diversity_penalty=1.0) | changed
+    )
+
+
+def propose(decoder, accept=lambda index, titles: True, titles=None, **changed):
+    return decoder.propose(
+        decoder.encode(PROMPTS), candidate_arguments(**changed), titles=titles, seeds=[1, 2, 3], accept=accept
+    )
+
+
+@torch.no_grad()
+def log_prob(decoder, prompt, completion):
+    """Of a completion after a prompt, by the book."""
+    logits = decoder.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    return float(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_constrained_proposals_are_titles_of_the_catalogue(decoder, source):
+    proposed = propose(decoder, candidate_source=source, constrained=True, titles=TITLES)
+    for prompt, found in zip(decoder.encode(PROMPTS), proposed, strict=True):
+        titles = [title for title, _ in found]
+        assert 1 <= len(found) <= 6 and set(titles) <= set(TITLES)
+        assert source == "diverse_beam" or len(found) == 6
+        assert source == "topk" or len(set(titles)) == len(titles)
+        completions = [encode_completion(decoder.tokenizer, quote(title)) for title in titles]
+        expected = [log_prob(decoder, prompt, completion) for completion in completions]
+        assert [number for _, number in found] == pytest.approx(expected, abs=1e-3)
+        assert source != "beam" or expected == sorted(expected, reverse=True)
+    everything = propose(decoder, candidate_source="beam", constrained=True, num_candidates=len(TITLES), titles=TITLES)
+    assert all({title for title, _ in found} == set(TITLES) for found in everything)
+
+
+@pytest.mark.parametrize("source", ["beam", "diverse_beam"])
+def test_free_beams_propose_each_title_once(decoder, source):
+    for found in propose(decoder, candidate_source=source, num_candidates=12):
+        titles = [title for title, _ in found]
+        assert 1 <= len(titles) == len(set(titles)) <= 12
+        assert all(number < 0 for _, number in found)
+
+
+def test_spellings_of_one_title_count_once(decoder, monkeypatch):
+    twice = [encode_completion(decoder.tokenizer, text) for text in ('"Emma"', '"Emma', '"Ivanhoe"')]
+    monkeypatch.setattr("cebs.generation.beam_search", lambda *args, **kwargs: [(twice, [-1.0, -2.0, -3.0])])
+    found = decoder.propose([[5]], candidate_arguments(candidate_source="beam"), titles=None, seeds=[0], accept=None)
+    assert found == [[("Emma", -1.0), ("Ivanhoe", -3.0)]]
+
+
+def test_sampling_goes_on_until_a_round_is_accepted(decoder):
+    rounds = {0: [], 1: [], 2: []}
+
+    def accept(index, titles):
+        rounds[index].append(titles)
+        return index == 1
+
+    proposed = propose(decoder, accept)
+    assert [len(found) for found in proposed] == [12, 6, 12]
+    for index, found in enumerate(proposed):
+        assert [title for title, _ in found] == sum(rounds[index], [])
+        assert all(title == predicted_title(title) for title, _ in found)
+    assert propose(decoder, accept) == proposed  # same seeds
+    assert propose(decoder, accept, temperature=0.3) != proposed
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(temperature=0.0), "--temperature: 0.0 must be above 0"),
+        (dict(diversity_penalty=-1.0), "--diversity_penalty: -1.0 must be 0 or more"),
+        (dict(num_candidates=0), "--num_candidates 0: must be at least 1"),
+        (dict(candidate_source="diverse_beam", num_beam_groups=4), "--num_beam_groups 4: does not divide"),
+    ],
+)
+def test_bad_candidate_arguments(changed, message):
+    with pytest.raises(ValueError, match=message):
+        candidate_arguments(**changed)

@@ -1,21 +1,30 @@
-"""The metrics against plain loops, the search for the nearest titles against a full sort, and the CSV."""
+"""The metrics against plain loops, and the search for the nearest titles against a full sort."""
 
-import csv
 import math
-import subprocess
-import sys
 from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from cebs import grounding
 from cebs.grounding import nearest_titles
-from cebs.metrics import evaluate_rankings, genre_weights, hit_ranks, ndcg_at
-from cebs.results import format_results, print_results, read_results, results_columns, update_results
-from utils import PROJECT, InputError
+from cebs.metrics import (
+    EXPOSURE_GROUPS,
+    HIGHER_IS_BETTER,
+    NOTHING,
+    SET_METRICS,
+    EvaluationSet,
+    exposure_bounds,
+    exposure_groups,
+    genre_weights,
+    gini,
+    hit_ranks,
+    long_tail,
+    ndcg_at,
+    record_sums,
+)
 
 GENRES = ["a", "b", "c"]
 
@@ -25,84 +34,174 @@ GENRES = ["a", "b", "c"]
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def plain_figures(ranked, targets, histories, genres, counted, k):
-    """The protocol of the paper, a user and a rank at a time."""
-    ndcg = hits = judged = 0
-    recommended = Counter()
+def plain_figures(ranked, targets, invented, histories, genres, exposure, target_exposure, k):
+    """The protocol of the paper and the figures of the tail, a record and a rank at a time."""
+    judged, recommended, tail_shown = 0, Counter(), 0.0
+    accuracy = {"NDCG": [], "HR": []}
     for ranking, target in zip(ranked, targets, strict=True):
-        if target == -1:
-            continue
-        judged += 1
-        for rank, title in enumerate(ranking[:k]):
-            recommended[title] += 1
-            if title == target:
-                hits += 1
-                ndcg += math.log(2) / math.log(rank + 2)
+        hits = [rank for rank, title in enumerate(ranking[:k]) if title == target and target != -1]
+        accuracy["HR"].append(len(hits))
+        accuracy["NDCG"].append(sum(math.log(2) / math.log(rank + 2) for rank in hits))
+        if target != -1:
+            judged += 1
+            recommended.update(title for title in ranking[:k] if title != NOTHING)
 
     def shares(titles):
-        totals = dict.fromkeys(counted, 0.0)
+        totals = dict.fromkeys(GENRES, 0.0)
         for title in titles:
-            own = [genre for genre in genres[title] if genre in counted]
+            own = [genre for genre in genres[title] if genre in GENRES]
             for genre in own:
                 totals[genre] += 1 / len(own)
         whole = sum(totals.values())
         return [total / whole if whole else math.nan for total in totals.values()]
 
-    difference = [p - h for p, h in zip(shares(recommended.elements()), shares(histories), strict=True)]
+    def mean(values):
+        return sum(values) / len(values) if values else math.nan
+
+    read = [title for history in histories for title in history]
+    difference = [p - h for p, h in zip(shares(recommended.elements()), shares(read), strict=True)]
     isnan = any(map(math.isnan, difference))
     total = sum(recommended.values())
-    return {
-        "users": len(targets),
-        "NDCG": ndcg / len(targets),
-        "HR": hits / len(targets),
+    counts = [recommended[title] for title in range(len(genres))]
+    # places among the most exposed fifth of the catalogue are shared by titles of equal exposure
+    for title, count in recommended.items():
+        above = sum(other > exposure[title] for other in exposure)
+        tied = sum(other == exposure[title] for other in exposure)
+        tail_shown += count * (1 - min(max(len(genres) / 5 - above, 0), tied) / tied)
+    figures = {
         "Diversity": len(recommended),
         "DivRatio": len(recommended) / (judged * k) if judged else math.nan,
         "DGU": math.nan if isnan else max(difference) - min(difference),
         "MGU": math.nan if isnan else sum(map(abs, difference)) / len(difference),
         "ORRatio": sum(count for _, count in recommended.most_common(3)) / total if total else math.nan,
+        "NotInRatio": mean(invented),
+        "Coverage": tail_shown / total if total else math.nan,
+        # half the mean difference of all pairs of titles, relative to the mean
+        "Gini": sum(abs(a - b) for a in counts for b in counts) / (2 * len(counts) * total) if total else math.nan,
     }
+    for metric, values in accuracy.items():
+        figures[metric] = mean(values)
+        for group in EXPOSURE_GROUPS:
+            of_group = [plain_group(exposure, own) == group for own in target_exposure]
+            figures[f"{metric}_{group}"] = mean([value for value, is_in in zip(values, of_group, strict=True) if is_in])
+    return figures
+
+
+def plain_group(exposure, own):
+    """Walks from either end of the catalogue until a fifth of all exposure is passed."""
+    if own == 0:
+        return "tail"
+
+    def is_in_the_first_fifth(order):
+        passed = 0
+        for count in order:
+            passed += count
+            if passed * 5 >= sum(exposure):
+                return (own >= count) if order[0] > order[-1] else (own <= count)
+        raise AssertionError
+
+    descending = sorted(exposure, reverse=True)
+    if descending[0] == descending[-1]:  # no title is more exposed than another
+        if descending[0] == 0:
+            return "head" if own else "tail"
+        return "head" if own > descending[0] else "tail" if own < descending[0] else "middle"
+    head, tail = is_in_the_first_fifth(descending), is_in_the_first_fifth(descending[::-1])
+    return "middle" if head == tail else "head" if head else "tail"
 
 
 @st.composite
 def evaluations(draw):
-    """Random rankings: targets outside the catalogue, no history, titles without genres, k beyond the catalogue."""
+    """Targets outside the catalogue, no history, titles without genres, equal exposure, k beyond the catalogue."""
     num_titles = draw(st.integers(1, 8))
-    num_users = draw(st.integers(1, 6))
-    topk = draw(st.lists(st.integers(1, 12), min_size=1, max_size=3, unique=True))
-    depth = min(max(topk), num_titles)
-    ranked = [draw(st.permutations(range(num_titles)))[:depth] for _ in range(num_users)]
-    targets = draw(st.lists(st.integers(-1, num_titles - 1), min_size=num_users, max_size=num_users))
-    histories = draw(st.lists(st.integers(0, num_titles - 1), max_size=12))
-    titles_genres = st.lists(st.sampled_from([*GENRES, "uncounted"]), unique=True)
-    genres = draw(st.lists(titles_genres, min_size=num_titles, max_size=num_titles))
-    return np.array(ranked), np.array(targets), histories, genres, topk
+    num_records = draw(st.integers(1, 6))
+    k = draw(st.integers(1, 12))
+    depth = min(draw(st.integers(k, 12)), num_titles)
+    title = st.integers(0, num_titles - 1)
+    ranked = [draw(st.permutations(range(num_titles)))[:depth] for _ in range(num_records)]
+    for ranking in ranked:  # history titles left out: too few are left
+        short = draw(st.integers(0, 2))
+        ranking[depth - short :] = [NOTHING] * min(short, depth)
+    targets = [draw(st.integers(-1, num_titles - 1)) for _ in range(num_records)]
+    invented = [draw(st.booleans()) for _ in range(num_records)]
+    histories = [draw(st.lists(title, max_size=4)) for _ in range(num_records)]
+    genres = [draw(st.lists(st.sampled_from([*GENRES, "uncounted"]), unique=True)) for _ in range(num_titles)]
+    exposure = [draw(st.integers(0, 6)) for _ in range(num_titles)]
+    target_exposure = [draw(st.integers(0, 3)) if target == -1 else exposure[target] for target in targets]
+    return np.array(ranked), targets, invented, histories, genres, exposure, target_exposure, k
+
+
+def sums_of(ranked, targets, invented, histories, genres, exposure, target_exposure, k):
+    weights = genre_weights(genres, GENRES)
+    history_genres = np.stack([weights[history].sum(axis=0) for history in histories])
+    arrays = (np.array(targets), history_genres, weights, np.array(exposure), np.array(target_exposure))
+    return record_sums(ranked, np.array(invented), EvaluationSet(*arrays), k)
 
 
 @settings(max_examples=200, deadline=None)
 @given(evaluations())
-def test_metrics_equal_plain_loops(evaluation):
-    ranked, targets, histories, genres, topk = evaluation
-    counts = np.bincount(np.array(histories, int), minlength=len(genres))
-    figures = evaluate_rankings(ranked, targets, counts, genre_weights(genres, GENRES), topk)
-    assert list(figures) == topk
-    for k in topk:
-        expected = plain_figures(ranked, targets, histories, genres, GENRES, k)
-        assert figures[k] == pytest.approx(expected, nan_ok=True, abs=1e-12), k
+def test_figures_equal_plain_loops(evaluation):
+    figures = sums_of(*evaluation).figures()
+    assert list(figures) == list(HIGHER_IS_BETTER)
+    assert figures == pytest.approx(plain_figures(*evaluation), nan_ok=True, abs=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(evaluations(), st.data())
+def test_weighted_figures_are_those_of_records_repeated(evaluation, data):
+    """What the bootstrap rests on, with users of several records: drawn twice counts twice."""
+    ranked, *of_records, genres, exposure, target_exposure, k = evaluation
+    sums = sums_of(*evaluation)
+    users = np.array(data.draw(st.lists(st.integers(0, 3), min_size=len(ranked), max_size=len(ranked))))
+    users = np.unique(users, return_inverse=True)[1]
+    num_users = int(users.max()) + 1
+    times = np.array(data.draw(st.lists(st.integers(0, 3), min_size=num_users, max_size=num_users)))
+    chosen = np.repeat(np.arange(len(ranked)), times[users])
+    assume(len(chosen))
+    taken = [[values[index] for index in chosen] for values in (*of_records, target_exposure)]
+    repeated = plain_figures(ranked[chosen], *taken[:-1], genres, exposure, taken[-1], k)
+    by_user, weights = sums.by_user(users), times[None].astype(float)
+    weighted = dict(zip(sums.ratios, by_user.ratio_figures(weights)[:, 0], strict=True))
+    weighted |= dict(zip(SET_METRICS, by_user.set_figures(weights)[:, 0], strict=True))
+    assert weighted == pytest.approx(repeated, nan_ok=True, abs=1e-12)
 
 
 def test_metrics_by_hand():
+    genres = [["a"], ["b", "a"], ["x"]]
+    assert genre_weights(genres, ["a", "b"]).tolist() == [[1, 0], [0.5, 0.5], [0, 0]]
     ranked = np.array([[0, 1], [0, 2], [1, 0]])
-    weights = genre_weights([["a"], ["b", "a"], ["x"]], ["a", "b"])
-    assert weights.tolist() == [[1, 0], [0.5, 0.5], [0, 0]]
-    figures = evaluate_rankings(ranked, np.array([1, 1, -1]), np.array([1, 0, 0]), weights, [2])[2]
-    assert figures["HR"] == 1 / 3  # over all users, the one whose target is unknown included
+    figures = sums_of(
+        ranked, [1, 1, -1], [True, False, False], [[0], [], []], genres, [5, 0, 0], [0, 0, 7], 2
+    ).figures()
+    assert figures["HR"] == 1 / 3  # over all records, the one whose target is unknown included
     assert figures["NDCG"] == pytest.approx(math.log(2) / math.log(3) / 3)
     assert figures["Diversity"] == 3
-    assert figures["DivRatio"] == 3 / 4  # over the users whose target is known
-    # recommended 0, 1, 0, 2: P = (2.5, 0.5) / 3, H = (1, 0)
+    assert figures["DivRatio"] == 3 / 4  # over the records whose target is known
+    # recommended 0, 1, 0, 2: P = (2.5, 0.5, 0) / 3, H = (1, 0, 0)
     assert figures["DGU"] == pytest.approx(1 / 3)
-    assert figures["MGU"] == pytest.approx(1 / 6)
+    assert figures["MGU"] == pytest.approx(1 / 9)
     assert figures["ORRatio"] == 1.0
+    assert figures["NotInRatio"] == 1 / 3
+    # 0.6 of three titles are the most exposed fifth, all of it title 0, which is recommended twice of four times
+    assert figures["Coverage"] == pytest.approx((2 + 2 * 0.4) / 4)
+    assert figures["Gini"] == pytest.approx((-2 * 1 + 0 * 1 + 2 * 2) / (3 * 4))
+    assert (figures["HR_tail"], figures["HR_head"]) == (1 / 2, 0)
+    assert math.isnan(figures["HR_middle"])
+
+
+def test_gini_of_known_distributions():
+    assert gini(np.array([3, 3, 3, 3]), 4) == 0
+    assert gini(np.array([5]), 4) == pytest.approx(3 / 4)  # one title of four takes it all
+    assert gini(np.array([1, 2, 3]), 3) == pytest.approx(2 / 9)
+    assert np.isnan(gini(np.array([0, 0]), 2))
+
+
+def test_what_is_exposed_equally_is_treated_equally():
+    assert long_tail(np.array([9, 3, 3, 0, 0, 0, 0, 0, 0, 0])).tolist() == [0, 0.5, 0.5, *[1] * 7]
+    assert long_tail(np.arange(35)[::-1]).sum() == 28  # 35 / 5 is 7, and 0.2 * 35 a little more
+    exposure = np.array([10, 4, 4, 1, 1, 0])
+    bounds = exposure_bounds(exposure)
+    assert bounds == (10, 4)  # of 20: 10 reaches a fifth from above, 0 + 1 + 1 + 4 from below
+    assert exposure_groups(np.array([12, 10, 5, 4, 0]), bounds).tolist() == [0, 0, 1, 2, 2]
 
 
 def test_what_each_user_got():
@@ -160,166 +259,3 @@ def test_nearest_titles_of_embeddings_far_from_the_origin():
     assert nearest_titles(queries, catalogue, 10).tolist() == plain_nearest(
         queries.astype(np.float64), catalogue.astype(np.float64), 10
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The CSV
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def figures(dataset="Books", model="SFT", topk=(5,), value=0.5, **more):
-    row = dict.fromkeys(results_columns(topk), value)
-    return {**row, "Dataset": dataset, "Model": model, "Users": 10, "Encoder": "mini", "Protocol": "grounded", **more}
-
-
-def cells(path):
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return list(csv.DictReader(file))
-
-
-def test_columns_of_the_contract(tmp_path):
-    update_results(tmp_path / "r.csv", figures(topk=(10, 5)))
-    header = (tmp_path / "r.csv").read_text().splitlines()[0]
-    metrics = ["NDCG", "HR", "Diversity", "DivRatio", "DGU", "MGU", "ORRatio"]
-    at_k = [f"{metric}@{k}" for k in (5, 10) for metric in metrics]
-    assert header.split(",") == ["Dataset", "Model", *at_k, "NotInRatio", "Users", "Encoder", "Protocol"]
-
-
-def test_a_row_is_updated_in_place_and_in_full_precision(tmp_path):
-    path = tmp_path / "folder" / "r.csv"
-    for model in ("Origin", "SFT", "DPO"):
-        update_results(path, figures(model=model, value=1.0))
-    assert update_results(path, figures(model="SFT", value=0.1 + 0.2, **{"DGU@5": math.nan})) == []
-    rows = cells(path)
-    assert [row["Model"] for row in rows] == ["Origin", "SFT", "DPO"]
-    assert rows[1]["NDCG@5"] == "0.30000000000000004" and rows[1]["DGU@5"] == "" and rows[1]["Users"] == "10"
-    assert rows[0]["NDCG@5"] == "1.0"
-    assert sorted(file.name for file in path.parent.iterdir() if file.name != ".r.csv.lock") == ["r.csv"]
-
-
-def test_more_k_find_their_place_and_older_ones_are_emptied(tmp_path):
-    path = tmp_path / "r.csv"
-    update_results(path, figures(model="SFT", topk=(5, 20)))
-    update_results(path, figures(model="DPO", topk=(5, 20)))
-    notices = update_results(path, figures(model="SFT", topk=(1, 10), value=0.25))
-    rows = cells(path)
-    assert list(rows[0]) == results_columns((1, 5, 10, 20))
-    assert (rows[0]["NDCG@1"], rows[0]["NDCG@5"], rows[0]["HR@10"], rows[0]["HR@20"]) == ("0.25", "", "0.25", "")
-    assert (rows[1]["NDCG@1"], rows[1]["NDCG@5"], rows[1]["HR@20"]) == ("", "0.5", "0.5")
-    (notice,) = notices
-    assert "@5, @20" in notice
-
-
-def test_a_csv_edited_by_hand_survives(tmp_path):
-    path = tmp_path / "r.csv"
-    path.write_bytes(
-        "\ufeffRemark;Model;HR@5;Dataset;MyScore\r\n"
-        "published, table 2;SPRec;0.0130;Books;007\r\n"
-        "\r\n"
-        ';SFT;1e-3;Books;"a ""quoted""; cell"\r\n'
-        "a;b;c;d;e;one cell too many\r\n".encode()
-    )
-    update_results(path, figures(model="SFT", value=0.25))
-    update_results(path, figures(model="New", value=0.75))
-    raw = path.read_bytes().decode()
-    assert raw.startswith("\ufeff") and raw.count("\r\n") == raw.count("\n") == 6
-    header, *rows = csv.reader(raw.removeprefix("\ufeff").splitlines(), delimiter=";")
-    kept = [header.index(name) for name in ("Remark", "Model", "HR@5", "Dataset", "MyScore")]
-    assert kept == sorted(kept)
-    assert [rows[0][place] for place in kept] == ["published, table 2", "SPRec", "0.0130", "Books", "007"]
-    assert rows[1] == []
-    assert [rows[2][place] for place in kept] == ["", "SFT", "0.25", "Books", 'a "quoted"; cell']
-    assert rows[3][-1] == "one cell too many"
-    assert [rows[4][place] for place in kept] == ["", "New", "0.75", "Books", ""]
-    assert rows[4][header.index("NDCG@5")] == "0.75"
-
-
-def test_an_update_without_change_leaves_the_bytes(tmp_path):
-    path = tmp_path / "r.csv"
-    update_results(path, figures())
-    before = path.read_bytes()
-    update_results(path, figures())
-    assert path.read_bytes() == before
-
-
-def test_figures_of_different_encoders_are_not_mixed_in_silence(tmp_path):
-    path = tmp_path / "r.csv"
-    update_results(path, figures(model="SFT"))
-    update_results(path, figures(model="Pop", Encoder="", Protocol="ranked"))
-    assert update_results(path, figures(dataset="Films", Encoder="large")) == []
-    (notice,) = update_results(path, figures(model="DPO", Encoder="large"))
-    assert "mini" in notice and "cannot be compared" in notice
-    replaced = update_results(path, figures(model="DPO", Encoder="mini"))
-    assert replaced == ["Books, DPO: its figures were by the encoder large; they are replaced"]
-
-
-def test_names_cannot_become_formulas(tmp_path):
-    path = tmp_path / "r.csv"
-    for model in ("=1+1", "+x", "-x", "@x", 'plain, "quoted"'):
-        for _ in range(2):
-            update_results(path, figures(model=model, value=-0.5))
-    rows = cells(path)
-    assert [row["Model"] for row in rows] == ["'=1+1", "'+x", "'-x", "'@x", 'plain, "quoted"']
-    assert rows[0]["NDCG@5"] == "-0.5"
-    assert any(line.startswith("=1+1 ") for line in format_results(read_results(path), "Books"))
-
-
-@pytest.mark.parametrize(
-    ("contents", "message"),
-    [
-        (b"a,b\n1,2\n", "no columns Dataset and Model"),
-        (b"Dataset,Model\nBooks,\xe9\n", "not UTF-8"),
-        (b"Dataset,Model\nBooks," + b"x" * 200_000 + b"\n", "cannot be read as CSV"),
-    ],
-)
-def test_a_csv_that_cannot_be_read_is_left_alone(tmp_path, contents, message):
-    path = tmp_path / "r.csv"
-    path.write_bytes(contents)
-    with pytest.raises(InputError, match=f"r.csv: .*{message}"):
-        update_results(path, figures())
-    assert path.read_bytes() == contents
-
-
-def test_several_processes_lose_no_row(tmp_path):
-    path, processes, rows = tmp_path / "r.csv", 8, 4
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from cebs.results import results_columns, update_results\n"
-        "for row in range(int(sys.argv[4])):\n"
-        "    figures = dict.fromkeys(results_columns([5, 10 + row]), 0.5)\n"
-        "    names = {'Dataset': 'Books', 'Model': f'{sys.argv[3]}-{row}', 'Encoder': ''}\n"
-        "    update_results(sys.argv[2], figures | names)"
-    )
-    command = [sys.executable, "-c", program, str(PROJECT), str(path)]
-    running = [subprocess.Popen([*command, str(number), str(rows)]) for number in range(processes)]
-    assert [process.wait(timeout=120) for process in running] == [0] * processes
-    written = sorted(row["Model"] for row in cells(path))
-    assert written == sorted(f"{number}-{row}" for number in range(processes) for row in range(rows))
-
-
-def test_the_table(tmp_path, capsys):
-    path = tmp_path / "r.csv"
-    update_results(path, figures(model="SFT", value=0.123456, **{"Diversity@5": 388}))
-    update_results(path, figures(model="two\nlines", **{"MGU@5": math.nan}))
-    update_results(path, figures(dataset="Films"))
-    print_results(path, "Books")
-    printed = capsys.readouterr().out
-    for header in ("NDCG↑", "HR↑", "Diversity↑", "DivRatio↑", "DGU↓", "MGU↓", "ORRatio↓", "NotInRatio↓"):
-        assert header in printed
-    (row,) = [line for line in printed.splitlines() if line.startswith("SFT")]
-    assert row.split() == ["SFT", "0.1235", "0.1235", "388", *["0.1235"] * 5]
-    (row,) = [line for line in printed.splitlines() if line.startswith("two lines")]
-    assert row.split()[7] == "-"
-    assert "Films" not in printed and "encoder mini, protocol grounded" in printed
-
-
-def test_the_table_on_a_terminal_without_arrows(tmp_path):
-    path = tmp_path / "r.csv"
-    update_results(path, figures(model="é"))
-    command = [sys.executable, "-m", "cebs.results"]
-    environment = {"PYTHONIOENCODING": "ascii", "PATH": ""}
-    result = subprocess.run([*command, str(path)], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert "NDCG+" in result.stdout and "DGU-" in result.stdout and "\n? " in result.stdout
-    missing = subprocess.run([*command, "none.csv"], cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "none.csv" in missing.stderr

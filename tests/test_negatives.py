@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cebs.catalogue import Catalogue, interest_cluster
-from cebs.negatives import NegativeSelector, fallback_counts
+from cebs.negatives import NegativeSampler, selection_counts
 from cebs.preferences import preference_record, read_preferences
 from cebs.prompts import Record, quote
+from cebs.selectors import Selector
 from utils import InputError, record_seed, write_json
 
 TITLES = [f"T{number}" for number in range(9)]
@@ -24,14 +25,25 @@ known = st.sampled_from(TITLES)
 rows = st.tuples(st.lists(known, max_size=3), known)
 proposals = st.lists(st.sampled_from([*TITLES, *UNKNOWN, "NAN", ""]), max_size=12)
 settings_of = st.sampled_from(["keep", "drop"])
+HARD, LONG_TAIL = Selector("in", "first"), Selector("out", "low_exposure")
 
 
 def make_record(history, target):
     return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
 
 
-def selector_of(train, unknown_titles="keep", seed=0):
-    return NegativeSelector(CATALOGUE, [make_record(*row) for row in train], unknown_titles, seed)
+def sampler_of(train, unknown_titles="keep", seed=0):
+    train_records = [make_record(*row) for row in train]
+    return NegativeSampler(CATALOGUE, train_records, unknown_titles=unknown_titles, fallback="random", seed=seed)
+
+
+def describe(sampler, titles, record):
+    return sampler.describe([(title, None) for title in titles], record)
+
+
+def choose(sampler, selector, candidates, record, split, index):
+    (selection,) = sampler.select([selector], candidates, record, split, index)[selector]
+    return selection
 
 
 def exposure(title, train):
@@ -40,9 +52,9 @@ def exposure(title, train):
 
 @given(rows, st.lists(rows, max_size=6), proposals)
 def test_candidates_are_described_in_the_order_sampled(row, train, proposed):
-    record, selector = make_record(*row), selector_of(train)
+    record, sampler = make_record(*row), sampler_of(train)
     cluster = interest_cluster(record.history, CATALOGUE)
-    described = selector.describe(proposed, record)
+    described = describe(sampler, proposed, record)
     assert [candidate.title for candidate in described] == proposed
     for candidate in described:
         genres = CATALOGUE.genres.get(candidate.title, [])
@@ -56,8 +68,8 @@ def test_candidates_are_described_in_the_order_sampled(row, train, proposed):
 @given(rows, st.lists(rows, max_size=6), proposals, settings_of, st.integers(0, 5))
 def test_negatives_against_brute_force(row, train, proposed, unknown_titles, index):
     history, target = row
-    record, selector = make_record(*row), selector_of(train, unknown_titles)
-    candidates = selector.describe(proposed, record)
+    record, sampler = make_record(*row), sampler_of(train, unknown_titles)
+    candidates = describe(sampler, proposed, record)
     cluster = set(interest_cluster(history, CATALOGUE))
 
     def inside(title):
@@ -73,11 +85,11 @@ def test_negatives_against_brute_force(row, train, proposed, unknown_titles, ind
     ]
     matches = [title for title in may if inside(title)]
     others = [title for title in may if not inside(title)]
-    assert selector.has_match(candidates, record) == bool(matches)
-    assert [candidate.title for candidate in selector.eligible(candidates, record)] == may
+    assert sampler.has_match(candidates, record) == bool(matches)
+    assert [candidate.title for candidate in sampler.eligible(candidates, record)] == may
 
-    hard = selector.hard(candidates, record, "train", index)
-    long_tail = selector.long_tail(candidates, record, "train", index)
+    hard = choose(sampler, HARD, candidates, record, "train", index)
+    long_tail = choose(sampler, LONG_TAIL, candidates, record, "train", index)
     if matches:
         assert (hard.title, hard.fallback) == (matches[0], "")  # rule 3
     if others:
@@ -92,50 +104,49 @@ def test_negatives_against_brute_force(row, train, proposed, unknown_titles, ind
         assert chosen.in_catalogue == (chosen.title in TITLES)
         assert chosen.in_catalogue or unknown_titles == "keep"
     # the same seed, the same choice, whatever was chosen in between
-    again = selector_of(train, unknown_titles)
-    assert again.long_tail(candidates, record, "train", index) == long_tail
-    assert again.hard(candidates, record, "train", index) == hard
+    again = sampler_of(train, unknown_titles)
+    assert choose(again, LONG_TAIL, candidates, record, "train", index) == long_tail
+    assert choose(again, HARD, candidates, record, "train", index) == hard
 
 
 def test_fall_backs_are_random_over_all_candidates():
-    record, selector = make_record(["T1"], "T2"), selector_of([])
-    candidates = selector.describe(["U0", "U1", "U2"], record)
-    counts = Counter(selector.hard(candidates, record, "train", index).title for index in range(600))
+    record, sampler = make_record(["T1"], "T2"), sampler_of([])
+    candidates = describe(sampler, ["U0", "U1", "U2"], record)
+    counts = Counter(choose(sampler, HARD, candidates, record, "train", index).title for index in range(600))
     assert counts.keys() == {"U0", "U1", "U2"} and min(counts.values()) > 150
-    of_seeds = {selector_of([], seed=seed).hard(candidates, record, "train", 0).title for seed in range(20)}
+    of_seeds = {choose(sampler_of([], seed=seed), HARD, candidates, record, "train", 0).title for seed in range(20)}
     assert of_seeds == {"U0", "U1", "U2"}
 
 
 def test_the_two_kinds_of_fall_back_are_drawn_apart():
-    record, selector = make_record([], "T2"), selector_of([])
-    inside_none = selector.describe(["U0", "U1"], record)
-    none = selector.describe([], record)
-    assert all(selector.hard(none, record, "train", index).fallback == "catalogue" for index in range(5))
-    picks = [selector.hard(inside_none, record, split, index).title for split in "ab" for index in range(8)]
+    record, sampler = make_record([], "T2"), sampler_of([])
+    inside_none = describe(sampler, ["U0", "U1"], record)
+    none = describe(sampler, [], record)
+    assert all(choose(sampler, HARD, none, record, "train", index).fallback == "catalogue" for index in range(5))
+    picks = [choose(sampler, HARD, inside_none, record, split, index).title for split in "ab" for index in range(8)]
     assert len(set(picks)) == 2
 
 
 @given(rows, st.lists(known, min_size=1, max_size=6), st.integers(0, 9))
 def test_random_negatives_are_never_target_or_history(row, titles, index):
     history, target = row
-    record, selector = make_record(*row), selector_of([])
+    record, sampler = make_record(*row), sampler_of([])
     free = set(titles) - {target, *history}
     if free:
-        assert selector.random([*titles, ""], record, "train", index) in free
+        assert sampler.random([*titles, ""], record, "train", index) in free
     else:
         with pytest.raises(InputError, match=f"train_sample.json: record {index}: no title is left"):
-            selector.random(titles, record, "train", index)
+            sampler.random(titles, record, "train", index)
 
 
 def test_fall_backs_are_counted():
-    record, selector = make_record(["T1"], "T2"), selector_of([])
+    record, sampler = make_record(["T1"], "T2"), sampler_of([])
     lists = [["T4"], ["U0"], [], ["T2"]]
-    chosen = [
-        selector.hard(selector.describe(titles, record), record, "train", index) for index, titles in enumerate(lists)
-    ]
+    candidates = [describe(sampler, titles, record) for titles in lists]
+    chosen = [choose(sampler, HARD, each, record, "train", index) for index, each in enumerate(candidates)]
     assert chosen[1].fallback == "candidate"
-    counts = fallback_counts(chosen)
-    assert counts["records"] == 4 and counts["random_catalogue_title"] == 2
+    counts = selection_counts([[selection] for selection in chosen], HARD.count)
+    assert counts["titles"] == 4 and counts["random_candidate"] == 2 and counts["random_catalogue_title"] == 2
     assert counts["not_in_catalogue"] == sum(selection.title in UNKNOWN for selection in chosen)
 
 

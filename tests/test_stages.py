@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 import dataset_generate_cluster_batch
 import sft_smol
-from cebs import training
+from cebs import generation, training
 from cebs.catalogue import exposure_counts, interest_cluster, load_catalogue
 from cebs.generation import Decoder, Journal
 from cebs.preferences import read_preferences
@@ -289,8 +289,8 @@ def test_training_and_prediction_see_the_same_prompt(chain, monkeypatch):
     seen = {}
     original = sft_smol.tokenize_records
 
-    def remember(tokenizer, pairs, max_length):
-        dataset, shortened = original(tokenizer, pairs, max_length)
+    def remember(*args, **kwargs):
+        dataset, shortened = original(*args, **kwargs)
         seen.setdefault("sft", [row["input_ids"][: row["labels"].count(-100)] for row in dataset])
         seen.setdefault("completions", [row["input_ids"][row["labels"].count(-100) :] for row in dataset])
         raise KeyboardInterrupt
@@ -342,7 +342,7 @@ def test_cluster_negatives_follow_the_rules(chain, out, monkeypatch):
         number = zlib.crc32(text.encode()) % (2 * len(catalogue.titles))
         return catalogue.titles[number] if number < len(catalogue.titles) else predicted_title(text)
 
-    monkeypatch.setattr(dataset_generate_cluster_batch, "predicted_title", some_title)
+    monkeypatch.setattr("cebs.generation.predicted_title", some_title)
     folder = chain.cluster("--num_candidates", "3", "--max_candidates", "7", out=out)
     stored = read_json(folder / "data" / "candidates.json")
     counts = read_json(folder / "run.json")["counts"]
@@ -385,7 +385,7 @@ def test_cluster_negatives_follow_the_rules(chain, out, monkeypatch):
             assert both["rejected"] == ([f'"{hard}"', f'"{long_tail}"'] if hard != long_tail else f'"{hard}"')
             matches += bool(inside)
         assert counts[split]["with_match"] == matches
-        assert counts[split]["hard_negatives"]["random_candidate"] == len(records) - matches
+        assert counts[split]["selectors"]["in:first"]["random_candidate"] == len(records) - matches
     assert {3, 6} <= sizes <= {3, 6, 7}
 
 
@@ -402,7 +402,7 @@ def test_choosing_again_needs_no_model(chain, out, monkeypatch):
     titles = set(load_catalogue(chain.data_dir).titles)
     for row in read_json(dropped / "data" / "balanced_train.json"):
         assert {*row["hard_negatives"], *row["long_tail_negatives"]} <= titles
-    assert read_json(dropped / "run.json")["counts"]["train"]["hard_negatives"]["not_in_catalogue"] == 0
+    assert read_json(dropped / "run.json")["counts"]["train"]["selectors"]["in:first"]["not_in_catalogue"] == 0
     fewer = chain.cluster("--candidates", candidates, "--max_train_samples", "3", out=f"{out}/fewer")
     assert len(read_json(fewer / "data" / "dpo_hard_train.json")) == 3
 
@@ -419,11 +419,9 @@ def test_sampling_interrupted_goes_on_to_the_same_bytes(chain, out, monkeypatch,
     run = read_json(chain.root / out / "run.json")
     assert run["state"] == "interrupted" and not (chain.root / out / "data" / "candidates.json").exists()
     rounds = []
-    original = dataset_generate_cluster_batch.sample_until
+    original = generation.sample_until
     monkeypatch.setattr(
-        dataset_generate_cluster_batch,
-        "sample_until",
-        lambda *args, **kwargs: rounds.append(args) or original(*args, **kwargs),
+        generation, "sample_until", lambda *args, **kwargs: rounds.append(args) or original(*args, **kwargs)
     )
     folder = chain.cluster(out=out)
     assert json_bytes(folder) == json_bytes(chain.root / "cluster")
@@ -558,3 +556,77 @@ def test_constrained_beams_know_every_title(chain, out):
     )
     for row in read_json(folder / "predictions" / "raw_results_2.json"):
         assert sorted(row["ranking"]) == sorted(few)
+
+
+def test_calibrated_rankings_without_history(chain, out, run_script, tmp_path):
+    """The real command line twice: the log-probabilities without a history are computed by the first run alone."""
+    arguments = ["--model_name_or_path", chain.model, "--data_dir", chain.data_dir, "--adapter", chain.adapter]
+    arguments += [*DECODING, "--decoding", "constrained_beam", "--num_beams", "5", "--cache_dir", tmp_path / "kept"]
+    outputs = []
+    for name in ("first", "again"):
+        folder = chain.root / out / name
+        flags = ["--calibration", "0.5", "--exclude_history", "--output_dir", folder]
+        result = run_script("generate_predict_batch.py", *arguments, *flags)
+        assert result.code == 0, result.stderr
+        assert ("catalogue without history" in result.stderr) == (name == "first")
+        outputs.append((folder / "predictions" / "raw_results_8.json").read_bytes())
+    assert outputs[0] == outputs[1]
+    assert len(list((tmp_path / "kept").iterdir())) == 1
+
+    rows, plain = json.loads(outputs[0]), read_json(chain.root / "beams" / "predictions" / "raw_results_8.json")
+    titles = set(load_catalogue(chain.data_dir).titles)
+    for row, record in zip(rows, read_records(chain.data_dir / "test_sample.json"), strict=True):
+        assert len(set(row["ranking"])) == 5 and set(row["ranking"]) <= titles
+        assert titles.intersection(record.history) and not set(row["ranking"]).intersection(record.history)
+        assert row["prediction"] == f'"{row["ranking"][0]}"'
+    assert [row["ranking"] for row in rows] != [row["ranking"] for row in plain]
+
+
+def test_a_history_left_out_changes_nothing_else(chain, out):
+    """As wide as the catalogue, the ranking is the full one without the titles of the history."""
+    size = len(load_catalogue(chain.data_dir).titles)
+    beams = ("--decoding", "constrained_beam", "--num_beams", size, "--max_predict_samples", "2")
+    full, without = (
+        read_json(chain.predict(*beams, *more, out=f"{out}/{len(more)}") / "predictions" / "raw_results_2.json")
+        for more in ((), ("--exclude_history",))
+    )
+    for row, other, record in zip(full, without, read_records(chain.data_dir / "test_sample.json"), strict=False):
+        assert len(row["ranking"]) == size
+        assert other["ranking"] == [title for title in row["ranking"] if title not in record.history]
+
+
+def test_predictions_say_whose_they_are(chain, out):
+    copy = chain.root / out / "data"
+    shutil.copytree(chain.data_dir, copy)
+    edit_json(copy / "test_sample.json", lambda records: [*records[:2], {**records[2], "user": "u7"}])
+    for decoding in ("greedy", "constrained_beam"):
+        folder = chain.predict("--data_dir", copy, "--decoding", decoding, out=f"{out}/{decoding}")
+        rows = read_json(folder / "predictions" / "raw_results_3.json")
+        assert [row.get("user") for row in rows] == [None, None, "u7"]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--calibration", "0.5"], "--calibration: is for rankings; give --decoding constrained_beam with it"),
+        (["--exclude_history"], "--exclude_history: is for rankings; give --decoding constrained_beam with it"),
+        (["--decoding", "constrained_beam", "--calibration", "-1"], "--calibration: -1.0 must be 0 or more"),
+    ],
+)
+def test_flags_for_rankings_alone(chain, out, flags, message):
+    with pytest.raises(InputError, match=message):
+        chain.predict(*flags, out=out)
+    assert not (chain.root / out).exists()
+
+
+def test_calibration_needs_one_instruction_and_a_title_that_is_left(chain, out):
+    copy = chain.root / out / "data"
+    shutil.copytree(chain.data_dir, copy)
+    edit_json(copy / "test_sample.json", lambda records: [records[0], {**records[1], "instruction": "Another one"}])
+    beams = ("--data_dir", copy, "--decoding", "constrained_beam", "--num_beams", "2")
+    with pytest.raises(InputError, match="test_sample.json: has 2 different instructions; --calibration needs one"):
+        chain.predict(*beams, "--calibration", "0.5", out=f"{out}/predictions")
+    everything = ", ".join(f'"{title}"' for title in load_catalogue(copy).titles)
+    edit_json(copy / "test_sample.json", lambda records: [records[0], {**records[1], "input": everything}])
+    with pytest.raises(InputError, match="test_sample.json: record 1: its history is the whole catalogue"):
+        chain.predict(*beams, "--exclude_history", out=f"{out}/predictions")

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cebs.trie import build_trie, children
+from cebs.trie import best_rise, build_trie, children, title_paths
 
 # Few tokens and short titles, so that shared beginnings and titles inside titles are the rule.
 catalogues = st.lists(
@@ -15,7 +15,7 @@ def walk(trie, tokens):
     """The node that `tokens` lead to, found through `children` alone; None where there is none."""
     node = 0
     for token in tokens:
-        _, child = children(trie, torch.tensor([node]))
+        child = children(trie, torch.tensor([node]))[0]
         hits = child[trie.tokens[child] == token]
         if len(hits) == 0:
             return None
@@ -41,10 +41,33 @@ def test_holds_exactly_the_titles(completions):
 @given(catalogues, st.data())
 def test_children_of_many_nodes_at_once(completions, data):
     trie = build_trie(completions)
-    nodes = data.draw(st.lists(st.integers(0, len(trie.tokens) - 1), max_size=8))
-    parent, child = children(trie, torch.tensor(nodes, dtype=torch.long))
-    expected = [(p, c) for p, n in enumerate(nodes) for c in range(int(trie.offsets[n]), int(trie.offsets[n + 1]))]
-    assert list(zip(parent.tolist(), child.tolist(), strict=True)) == expected
+    nodes = data.draw(st.lists(st.integers(0, len(trie.tokens) - 1), min_size=1, max_size=8))
+    found = children(trie, torch.tensor(nodes))
+    expected = [list(range(int(trie.offsets[n]), int(trie.offsets[n + 1]))) for n in nodes]
+    assert found.shape == (len(nodes), max(map(len, expected)))
+    assert [[child for child in row if child] for row in found.tolist()] == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(catalogues)
+def test_title_paths(completions):
+    trie = build_trie(completions)
+    for completion, path in zip(completions, title_paths(trie), strict=True):
+        assert path.tolist() == [walk(trie, completion[:n]) for n in range(1, len(completion) + 1)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(catalogues, st.data())
+def test_best_rise_is_the_best_path_to_a_title_below(completions, data):
+    trie = build_trie(completions)
+    weights = data.draw(st.lists(st.integers(-9, 9), min_size=len(trie.tokens), max_size=len(trie.tokens)))
+    expected = [float("-inf")] * len(weights)
+    for path in title_paths(trie):
+        total = 0.0
+        for node, above in zip(path.tolist()[::-1], [0, *path.tolist()][-2::-1], strict=True):
+            total += weights[node]
+            expected[above] = max(expected[above], total)
+    assert best_rise(trie, torch.tensor(weights, dtype=torch.float32)).tolist() == expected
 
 
 def test_the_drawing():

@@ -108,7 +108,7 @@ def test_a_bad_command_line_is_named_in_one_line(parse, args, complaint):
         ("rows: [1, 2]", "unknown flag 2"),
         ("topk: []", "argument --topk: expected at least one argument"),
         ("rows: 0", "--rows 0: must be at least 1"),
-        ("- rows", "mine.yaml: expected a YAML mapping of flags to values"),
+        ("- rows", "mine.yaml: expected a YAML mapping of names to values"),
         ("", "mine.yaml: expected a YAML mapping"),
         ("rows: [", "mine.yaml: cannot be read as YAML"),
         ("config: other.yaml", "mine.yaml: unknown key 'config'"),

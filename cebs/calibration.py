@@ -1,0 +1,76 @@
+"""Calibrated beams: what a model would say of a title without any history is taken off what it says with one.
+
+The score of a title after a history is
+
+    log p(title | history) - WEIGHT * log p(title | no history),
+
+token by token, so that a beam search keeps what it needs: a title that the model likes to write anyway (because it is
+popular, short, or of common words) has to gain by the history. With WEIGHT 1 it is the pointwise mutual information of
+title and history (Li et al., 2016, arXiv:1510.03055), with 0 the plain log-probability. The second term depends on the
+model and the catalogue only: one number for each edge of the trie, computed once and kept.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from cebs.branches import shared_rows, token_log_probs
+from cebs.kept import kept_file, read_kept, write_kept
+from cebs.sources import MODELS
+from cebs.trie import TokenTrie, title_paths
+from utils import ADAPTER_WEIGHTS, base_fingerprint, sha256
+
+PRIORS_CACHE = MODELS / ".priors"
+TITLES_AT_ONCE = 32  # in one row: some 450 tokens, enough to keep the matrix units busy
+
+
+def kept_edge_priors(
+    model: PreTrainedModel, prompt: list[int], trie: TokenTrie, *, model_dir: Path, adapter: str, cache_dir: Path
+) -> Tensor:
+    """Returns [`edge_priors`] from the file that keeps them, or computes and keeps them.
+
+    Args:
+        model, prompt, trie: as for [`edge_priors`].
+        model_dir: folder of the base model.
+        adapter: folder of the adapter that is merged into `model`, or an empty string.
+        cache_dir: where priors are kept, one file for each model, prompt and catalogue.
+    """
+    adapter_sums = (
+        [sha256(Path(adapter) / name) for name in (ADAPTER_WEIGHTS, "adapter_config.json")] if adapter else []
+    )
+    catalogue = [trie.offsets.tolist(), trie.tokens.tolist()]
+    path = kept_file(cache_dir, [base_fingerprint(model_dir), adapter_sums, str(model.dtype), prompt, catalogue])
+    priors = read_kept(path)
+    if priors is None:
+        priors = edge_priors(model, prompt, trie).numpy()
+        write_kept(path, priors, "the catalogue's log-probabilities without a history")
+    return torch.from_numpy(np.array(priors))
+
+
+@torch.no_grad()
+def edge_priors(model: PreTrainedModel, prompt: list[int], trie: TokenTrie) -> Tensor:
+    """
+    Log-probability of each edge of the trie, given the tokens before it, after one prompt.
+
+    Args:
+        model: a causal language model in eval mode.
+        prompt (`list[int]`): the prompt without a history.
+        trie (`TokenTrie`): of the completions, on the CPU.
+
+    Returns:
+        `Tensor`, `[num_nodes]`: float32, on the CPU, in nats, of the edge that leads to each node; 0 for the root.
+    """
+    paths = title_paths(trie)
+    priors = torch.zeros(len(trie.tokens))
+    with tqdm(total=len(paths), desc="catalogue without history", unit=" titles", mininterval=1) as progress:
+        for start in range(0, len(paths), TITLES_AT_ONCE):
+            chosen = paths[start : start + TITLES_AT_ONCE]
+            rows = shared_rows([prompt], [[trie.tokens[path].tolist() for path in chosen]], 0, model.dtype)
+            log_probs = token_log_probs(model, {name: rows[name].to(model.device) for name in rows})
+            priors[torch.cat(chosen)] = log_probs[0].cpu()
+            progress.update(len(chosen))
+    return priors

@@ -1,0 +1,307 @@
+"""
+The comparison of methods: runs what is missing of the rows asked for, and prints their table.
+
+# Every row at a small size, in under an hour on two CPU cores
+```bash
+./run_comparison.sh --quick
+```
+
+# The table of a paper: mean and spread over three seeds
+```bash
+./run_comparison.sh --full --seeds 0 1 2
+```
+
+# Some rows and what they need; another data set; the commands alone
+```bash
+./run_comparison.sh --only SFT ClusterIn "Two negatives"
+./run_comparison.sh --data_dir sampled_data/goodreads --test 200
+./run_comparison.sh --dry_run
+```
+
+Started again, it goes on after the last finished stage. When a stage fails, the rows that need it are left out, the
+others go on, and the end says what is missing. The rows are described in configs/comparison.yaml.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from filelock import FileLock, Timeout
+
+from cebs.plan import SIZE_NAMES, Plan, Settings, Stage, read_description, slug
+from cebs.results import aggregate_seeds, print_results, read_results
+from utils import DEFAULT_MODEL, PROJECT, InputError, write_text
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plans, runs and shows the comparison. Returns the exit code: 1 where a row is missing."""
+    output, rows, plans = make_plans(args)
+    stages = [stage for plan in plans for stage in plan.stages.values()]
+    if args.dry_run:
+        print(*map(command_line, stages), sep="\n")
+        return 0
+
+    # -- The runs -----------------------------------------------------------------------------------------------------
+    missing: dict[str, str] = {}
+    with the_only_one(output):
+        for plan in plans:
+            missing |= run_stages(list(plan.stages.values()), plan.settings.output, args.jobs)
+            order_rows(plan.settings.results_csv, rows)
+        write_text(output / "commands.sh", "\n".join(map(command_line, stages)) + "\n")
+
+    # -- The table ----------------------------------------------------------------------------------------------------
+    dataset, results_csv = Path(plans[0].settings.data).name, output / "results.csv"
+    if len(plans) > 1:
+        aggregate_seeds([plan.settings.results_csv for plan in plans], results_csv)
+    if results_csv.is_file():
+        print_results(results_csv, dataset)
+        print(f"written to {results_csv}; the commands are in {output / 'commands.sh'}")
+    if missing:
+        print(f"\n{len(missing)} stages are missing; the same command tries them again:", file=sys.stderr)
+        print(*(f"  {name}: {reason}" for name, reason in missing.items()), sep="\n", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def make_plans(args: argparse.Namespace) -> tuple[Path, list[str], list[Plan]]:
+    """Returns the comparison's folder, its rows and, for each seed, its plan; and says how much work that is."""
+    description = read_description(args.description)
+    rows = chosen_rows(args.only, description["main_job"] if args.main_job else list(description["rows"]), description)
+    sizes = description["sizes"][args.size] | {name: n for name in SIZE_NAMES if (n := getattr(args, name)) is not None}
+    dataset = Path(args.data_dir or "ml-100k").name
+    output = Path(args.output_dir or f"output/{dataset}_{args.size}")
+    plans = []
+    for seed in args.seeds:
+        folder = output if len(args.seeds) == 1 else output / f"seed_{seed}"
+        plan = Plan(
+            description,
+            Settings(
+                data_dir=args.data_dir,
+                model_name_or_path=args.model_name_or_path,
+                encoder=args.encoder,
+                output=folder,
+                results_csv=folder / "results.csv",
+                sizes=sizes,
+                seed=seed,
+                iterations=args.iterations,
+            ),
+        )
+        for row in rows:
+            plan.add_row(row)
+        plans.append(plan)
+    stages = [stage for plan in plans for stage in plan.stages.values()]
+    minutes = sum(stage.seconds for stage in stages) / 60
+    print(
+        f"{dataset}: {', '.join(f'{sizes[name]} {name}' for name in SIZE_NAMES)} records, {len(rows)} rows -> {output}"
+    )
+    print(f"{len(stages)} stages, about {minutes:.0f} min on two CPU cores when none is done; a GPU takes a fraction")
+    return output, rows, plans
+
+
+@contextlib.contextmanager
+def the_only_one(output: Path) -> Iterator[None]:
+    """Keeps others from running or submitting the comparison in its folder, which is made if need be.
+
+    Raises:
+        `InputError`: if another one is at it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".comparison.lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise InputError(f"{output}: another comparison is running there; wait for it or give --output_dir") from error
+
+
+def chosen_rows(only: list[str] | None, table: list[str], description: dict[str, Any]) -> list[str]:
+    """Returns the rows to be made, in the order of the description.
+
+    Raises:
+        `InputError`: if a row asked for does not exist.
+    """
+    rows = list(description["rows"])
+    names = {slug(row): row for row in rows}
+    for row in only or []:
+        if slug(row) not in names:
+            raise InputError(f"--only {row!r}: no such row; there are: {', '.join(rows)}")
+    wanted = table if only is None else {names[slug(row)] for row in only}
+    return [row for row in rows if row in wanted]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_stages(stages: list[Stage], output: Path, jobs: int) -> dict[str, str]:
+    """Runs the stages that are not done, each when what it reads is there.
+
+    A finished stage leaves a note with its command line under `<output>/.stages`. It is done when the note tells the
+    same command, its result is there, and nothing that it reads has been run since.
+
+    Args:
+        stages (`list[Stage]`): in an order in which they can be run.
+        output (`Path`): for the notes and, where several stages run at once, their logs.
+        jobs (`int`): stages run at once; each gets its share of the processor's cores.
+
+    Returns:
+        `dict[str, str]`: the stages that failed or could not be run, and why.
+    """
+    notes, logs = output / ".stages", output / "logs"
+    notes.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    if jobs > 1:
+        logs.mkdir(exist_ok=True)
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    waiting, running = list(stages), {}
+    done, ran, missing = set(), set(), {}
+    try:
+        while waiting or running:
+            for stage in list(waiting):
+                note = notes / f"{file_stem(stage)}.txt"
+                lost = [name for name in stage.after if name in missing]
+                if lost:
+                    missing[stage.name] = f"not run, for want of {lost[0]}"
+                elif not done.issuperset(stage.after) or len(running) == jobs:
+                    continue
+                elif ran.isdisjoint(stage.after) and is_done(stage, note):
+                    print(f"== {stage.name}: done, skipped")
+                    done.add(stage.name)
+                else:
+                    print(
+                        f"== {stage.name} ({stages.index(stage) + 1} of {len(stages)})\n+ {command_line(stage)}",
+                        flush=True,
+                    )
+                    note.unlink(missing_ok=True)  # an earlier result is not this one's
+                    log = (logs / f"{note.stem}.log").open("w") if jobs > 1 else None
+                    process = subprocess.Popen(
+                        [sys.executable, *stage.command], env=environment, stdout=log, stderr=log and subprocess.STDOUT
+                    )
+                    running[stage.name] = (stage, note, process)
+                waiting.remove(stage)
+            for name, (stage, note, process) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[name]
+                if process.returncode == 0:
+                    write_text(note, command_line(stage))
+                    done.add(name)
+                    ran.add(name)
+                else:
+                    where = f", see {logs / f'{note.stem}.log'}" if jobs > 1 else ""
+                    missing[name] = f"exit code {process.returncode}{where}"
+                    print(f"== {name}: failed ({missing[name]})", file=sys.stderr, flush=True)
+            time.sleep(0.1 if running else 0)
+    finally:  # interrupted: the scripts save what they have
+        for _, _, process in running.values():
+            process.terminate()
+        for _, _, process in running.values():
+            process.wait()
+    return missing
+
+
+def is_done(stage: Stage, note: Path) -> bool:
+    return note.is_file() and note.read_text(encoding="utf-8") == command_line(stage) and stage.result.exists()
+
+
+def file_stem(stage: Stage) -> str:
+    """Returns a stage's name as the name of its note and its log."""
+    return stage.name.replace("/", ".")
+
+
+def command_line(stage: Stage) -> str:
+    """Returns a stage as it is typed in the project's folder."""
+    return shlex.join(["python", *stage.command])
+
+
+def order_rows(results_csv: Path, rows: list[str]) -> None:
+    """Puts the rows of the table into the order of the description, whichever finished first; others come after."""
+    if not results_csv.is_file():
+        return
+    table = read_results(results_csv)
+    place = {row: number for number, row in enumerate(rows)}
+    table.rows.sort(key=lambda row: place.get(table.name(row, "Model"), len(place)))
+    write_text(results_csv, table.to_text())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = plan_parser("run_comparison.sh", __doc__)
+    parser.add_argument("--jobs", type=positive, default=1, metavar="N", help="stages run at once; default: 1")
+    return parser
+
+
+def plan_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """Returns the parser of what `make_plans` takes; the same for runs on this machine and on a cluster."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", dest="size", action="store_const", const="quick", help="a small size (the default)")
+    size.add_argument("--full", dest="size", action="store_const", const="full", help="1,024 / 256 / 1,000 records")
+    for name, what in zip(SIZE_NAMES, ("training", "aligned", "validation", "test"), strict=True):
+        parser.add_argument(f"--{name}", type=positive, metavar="N", help=f"{what} records, in place of the size's")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows only, and what they need")
+    parser.add_argument("--main_job", action="store_true", help="the five rows of run_pipeline.sh")
+    parser.add_argument("--data_dir", default="", metavar="DIR", help="a data folder; left out, MovieLens-100K is made")
+    parser.add_argument("--model_name_or_path", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--encoder", default="all-MiniLM-L6-v2", metavar="NAME", help="default: %(default)s")
+    parser.add_argument("--output_dir", metavar="DIR", help="default: output/<data>_<size>")
+    parser.add_argument("--seeds", "--seed", nargs="+", type=int, default=[42], metavar="N", help="default: 42")
+    parser.add_argument(
+        "--iterations", type=positive, default=2, metavar="T", help="rounds of SPRec iterated; default: 2"
+    )
+    parser.add_argument("--description", default="configs/comparison.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and the commands, run nothing")
+    parser.set_defaults(size="quick")
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 1 or more, not {text!r}")
+    return int(text)
+
+
+def relative(path: str) -> str:
+    """A path as the stages see it, which run from the project's folder; a name that is no path stays."""
+    return os.path.relpath(path, PROJECT) if os.path.exists(path) else path
+
+
+def run_command(
+    parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int], words: list[str] | None = None
+) -> NoReturn:
+    """Parses the command line and calls `main` in the project's folder; errors end as in `utils.run_script`."""
+    args = parser.parse_args(words)
+    for name in ("data_dir", "model_name_or_path", "encoder", "description"):
+        if name in args:
+            setattr(args, name, relative(getattr(args, name)))
+    args.output_dir = args.output_dir and os.path.relpath(args.output_dir, PROJECT)
+    os.chdir(PROJECT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(main(args))
+    except InputError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_command(make_parser(), main)

@@ -1,0 +1,112 @@
+"""A scheduler's signals as requests to stop where nothing is lost: after an optimiser step, after a batch.
+
+Where nothing else is said they end a run at once (`utils.run_folder`). Long work that can be left at certain places
+only takes note of them, and leaves there by a `KeyboardInterrupt`, as after Ctrl-C: exit code 130.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from utils import INTERRUPT_SIGNALS
+
+
+class Interrupts:
+    """The signals that came while they were deferred.
+
+    Args:
+        received (`str`): name of the last one; empty while there is none.
+    """
+
+    def __init__(self):
+        self.received = ""
+
+    def note(self, signum: int, frame: Any) -> None:
+        """The signal handler."""
+        self.received = signal.Signals(signum).name
+
+    def leave_if_any(self) -> None:
+        """To be called where the work can be left.
+
+        Raises:
+            `KeyboardInterrupt`: if a signal came.
+        """
+        if self.received:
+            raise KeyboardInterrupt(self.received)
+
+
+@contextlib.contextmanager
+def deferred_interrupts() -> Iterator[Interrupts]:
+    """Takes note of SIGTERM and SIGUSR1 in place of ending the run; Ctrl-C ends it as ever.
+
+    ```python
+    with deferred_interrupts() as interrupts:
+        for batch in batches:
+            write(work(batch))
+            interrupts.leave_if_any()
+    ```
+    """
+    interrupts = Interrupts()
+    before = {signum: signal.signal(signum, interrupts.note) for signum in INTERRUPT_SIGNALS}
+    try:
+        yield interrupts
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class SaveAndLeaveCallback(TrainerCallback):
+    """After a signal, saves a checkpoint at the end of the optimiser step and leaves the training.
+
+    Processes get the signal at different moments, so they agree after each step whether to leave, and leave together.
+    transformers' own `enable_jit_checkpoint` does not do that, knows SIGTERM only, and may save in the middle of a
+    step, where the gradients gathered so far are lost.
+
+    Args:
+        interrupts (`Interrupts`): what came.
+    """
+
+    def __init__(self, interrupts: Interrupts):
+        self.interrupts = interrupts
+        self.leaving = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.leaving = self._any_process(args)
+        # the evaluation at the end of an epoch belongs to its last step: a checkpoint between them would skip it
+        if self.leaving and not float(state.epoch).is_integer():
+            control.should_save = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.leaving:
+            control.should_save = True
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # a training that ends here anyway ends as it would have
+        if self.leaving and not control.should_training_stop:
+            PartialState().wait_for_everyone()  # or the first to leave would take along one that still writes
+            raise KeyboardInterrupt(self.interrupts.received or "a signal to another process")
+
+    def _any_process(self, args: TrainingArguments) -> bool:
+        if args.world_size == 1:
+            return bool(self.interrupts.received)
+        return bool(reduce(torch.tensor(float(bool(self.interrupts.received)), device=args.device)))
+
+
+def train_until_interrupted(trainer: Trainer, checkpoint: str | None) -> TrainOutput:
+    """Trains, from a checkpoint if given; a signal saves another one first.
+
+    Raises:
+        `KeyboardInterrupt`: after a signal, when the checkpoint is written.
+    """
+    with deferred_interrupts() as interrupts:
+        trainer.add_callback(SaveAndLeaveCallback(interrupts))
+        return trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,0 +1,328 @@
+"""The comparison as a graph of stages: which command lines the rows of a table need, and in which order.
+
+The rows are described in `configs/comparison.yaml` and nowhere else; `cebs.comparison` runs the graph on this machine.
+A stage is one command line of one script. What several rows need is one stage: one SFT, one generation of candidates.
+"""
+
+import re
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from utils import InputError, read_yaml
+
+SIZE_NAMES = ("train", "preferences", "valid", "test")
+SECTIONS = ("sizes", "rows", "main_job", "candidates", "flags", "seconds")
+ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of")
+
+
+def read_description(path: str | Path) -> dict[str, Any]:
+    """Reads a description of the comparison; `configs/comparison.yaml` explains its form.
+
+    Raises:
+        `InputError`: naming the file, and the section or row that is wrong.
+    """
+    description = read_yaml(path)
+    for section in SECTIONS:
+        if section not in description:
+            raise InputError(f"{path}: section {section!r} is missing; configs/comparison.yaml shows the form")
+    for row, spec in description["rows"].items():
+        if unknown := [key for key in spec if key not in ROW_KEYS]:
+            raise InputError(f"{path}: row {row!r}: unknown key {unknown[0]!r}; there are: {', '.join(ROW_KEYS)}")
+        if "baseline" not in spec and spec.get("start") not in ("origin", "sft"):
+            raise InputError(f"{path}: row {row!r}: start must be origin or sft, or baseline the name of one")
+        if (source := spec.get("candidates", "sampled")) not in description["candidates"]:
+            raise InputError(f"{path}: row {row!r}: no candidates {source!r} are described")
+    for size, numbers in description["sizes"].items():
+        if set(numbers) != set(SIZE_NAMES):
+            raise InputError(f"{path}: size {size!r}: needs {', '.join(SIZE_NAMES)}")
+    if unknown := [row for row in description["main_job"] if row not in description["rows"]]:
+        raise InputError(f"{path}: main_job: there is no row {unknown[0]!r}")
+    return description
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command line, and what must be finished before it.
+
+    Args:
+        name (`str`): unique in the graph; `<row>/<step>` for what belongs to one row.
+        command (`list[str]`): script and flags, run from the project's folder.
+        after (`list[str]`): stages whose results it reads.
+        result (`Path`): what it leaves when it is finished.
+        seconds (`float`): how long it takes on two CPU cores, roughly.
+    """
+
+    name: str
+    command: list[str]
+    after: list[str]
+    result: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a plan is made for.
+
+    Args:
+        data_dir (`str`): data folder; empty is MovieLens-100K, which the first stage makes.
+        model_name_or_path, encoder (`str`): as the scripts take them.
+        output (`Path`): folder of the comparison; one seed's runs.
+        results_csv (`Path`): the table of these rows.
+        sizes (`dict[str, int]`): records used: train, preferences, valid, test.
+        seed (`int`): of every stage but `prepare_data.py`, so that all seeds share their data.
+        iterations (`int`): rounds of the iterated rows.
+    """
+
+    data_dir: str
+    model_name_or_path: str
+    encoder: str
+    output: Path
+    results_csv: Path
+    sizes: dict[str, int]
+    seed: int
+    iterations: int
+
+    @property
+    def data(self) -> str:
+        return self.data_dir or "sampled_data/ml-100k"
+
+
+@dataclass
+class Plan:
+    """The stages that some rows need, each once, in an order in which they can be run.
+
+    Args:
+        description (`dict`): `configs/comparison.yaml`.
+        settings (`Settings`): what the plan is made for.
+        stages (`dict[str, Stage]`): by name; filled by `add_row`.
+    """
+
+    description: dict[str, Any]
+    settings: Settings
+    stages: dict[str, Stage] = field(default_factory=dict)
+
+    def add_row(self, row: str) -> None:
+        """Adds what a row of the table needs: training, predictions, evaluation."""
+        spec, settings, name = self.description["rows"][row], self.settings, slug(row)
+        folder = settings.output / name
+        predictions = folder / f"predictions/raw_results_{settings.sizes['test']}.json"
+        if "baseline" in spec:
+            predicted = self.add(
+                f"{name}/predict",
+                f"predict_baselines.py --method {spec['baseline']}",
+                self.seeded()
+                | {"output_dir": folder, "data_dir": settings.data}
+                | self.samples(train="train", eval="valid", predict="test"),
+                after=self.data(),
+                result=predictions,
+            )
+        else:
+            trained = self.trained(row, spec, folder)
+            predicted = self.add(
+                f"{name}/predict",
+                "generate_predict_batch.py",
+                self.common() | {"adapter": adapter(trained), "output_dir": folder} | self.samples(predict="test"),
+                after=trained or self.data(),
+                result=predictions,
+                records=settings.sizes["test"],
+            )
+        self.add(
+            f"{name}/evaluate",
+            "evaluate.py",
+            {
+                "predictions": predictions,
+                "data_dir": settings.data,
+                "dataset": Path(settings.data).name,
+                "method": row,
+                "encoder": settings.encoder,
+                "metrics_json": folder / "metrics.json",
+                "results_csv": settings.results_csv,
+            }
+            | self.seeded(),
+            after=[predicted],
+            result=folder / "metrics.json",
+        )
+
+    # -- What rows share ----------------------------------------------------------------------------------------------
+
+    def data(self) -> list[Stage]:
+        """The inputs that come from elsewhere: model, encoder and, unless a folder was given, MovieLens-100K."""
+        settings = self.settings
+        downloads = self.add(
+            "downloads",
+            "prepare_data.py --download_only",
+            {"model_name_or_path": settings.model_name_or_path, "encoder": settings.encoder},
+            after=[],
+            result=settings.output,
+        )
+        if settings.data_dir:
+            return [downloads]
+        made = self.add(
+            "data",
+            "prepare_data.py --dataset movielens",
+            {"output_dir": settings.data},
+            after=[downloads],
+            result=Path(settings.data) / "test_sample.json",
+        )
+        return [made]
+
+    def sft(self) -> list[Stage]:
+        folder = self.settings.output / "sft"
+        return [
+            self.add(
+                "sft",
+                "sft_smol.py",
+                self.common() | {"output_dir": folder} | self.samples(train="train", eval="valid"),
+                after=self.data(),
+                result=folder / "final_model",
+                records=self.settings.sizes["train"],
+            )
+        ]
+
+    def candidates(self, source: str) -> Stage:
+        """Titles that the SFT model proposes, generated once for all selectors."""
+        flags, folder = self.description["candidates"][source], self.settings.output / "candidates" / source
+        sft = self.sft()
+        return self.add(
+            f"candidates/{source}",
+            f"dataset_generate_cluster_batch.py {flags}",
+            self.common() | {"adapter": adapter(sft), "output_dir": folder} | self.preference_samples(),
+            after=sft,
+            result=folder / "data/candidates.json",
+            records=self.settings.sizes["preferences"] + self.settings.sizes["valid"],
+        )
+
+    def preferences(self, negatives: str, source: str, trained: list[Stage], folder: Path | None = None) -> Stage:
+        """Preference data by one way of choosing negatives; `result` is its training file.
+
+        Args:
+            negatives: as a row has it.
+            source: of the candidates, for selectors.
+            trained: the model that plays against itself, for `self_play` alone.
+            folder: where to; left out, the folder that all rows share.
+        """
+        kind, _, of = negatives.partition(" of ")
+        if kind in ("random", "self_play"):
+            model = {"sft": self.sft, "origin": list}[of]() if of else trained
+            name = slug(negatives) if folder is None else str(folder.relative_to(self.settings.output))
+            folder = folder or self.settings.output / "negatives" / name
+            return self.add(
+                f"negatives/{name}",
+                f"dataset_generate.py --method {kind}",
+                self.common() | {"adapter": adapter(model), "output_dir": folder} | self.preference_samples(),
+                after=model or self.data(),
+                result=folder / "data/dpo_train.json",
+                records=0 if kind == "random" else self.settings.sizes["preferences"] + self.settings.sizes["valid"],
+            )
+        candidates = self.candidates(source)
+        name = slug(f"{source} {negatives}")
+        folder = self.settings.output / "negatives" / name
+        return self.add(
+            f"negatives/{name}",
+            f"dataset_generate_cluster_batch.py --negatives {negatives}",
+            {"candidates": candidates.result, "data_dir": self.settings.data, "output_dir": folder}
+            | self.seeded()
+            | self.preference_samples(),
+            after=[candidates],
+            result=folder / "data/negatives_train.json",
+        )
+
+    # -- Training -----------------------------------------------------------------------------------------------------
+
+    def trained(self, row: str, spec: dict[str, Any], folder: Path) -> list[Stage]:
+        """The stage whose adapter is the row's model; none for the base model alone."""
+        model = self.sft() if spec["start"] == "sft" else []
+        if "rounds_of" in spec:
+            return self.iterated(row, spec["rounds_of"], model, folder)
+        trainings = spec.get("negatives", [])
+        trainings = [trainings] if isinstance(trainings, str) else trainings
+        for number, negatives in enumerate(trainings, 1):
+            last = number == len(trainings)
+            data = self.preferences(negatives, spec.get("candidates", "sampled"), model)
+            model = [self.aligned(f"{slug(row)}/train", "" if last else f"_{number}", model, data, folder)]
+        return model
+
+    def iterated(self, row: str, negatives: str, model: list[Stage], folder: Path) -> list[Stage]:
+        """Rounds of self-play, SFT and DPO, each on the model of the round before (SPRec, arXiv:2412.09243)."""
+        for number in range(1, self.settings.iterations + 1):
+            last = "" if number == self.settings.iterations else f"_{number}"
+            data = self.preferences(negatives, "", model, folder / f"negatives_{number}")
+            sft = self.add(
+                f"{slug(row)}/sft_{number}",
+                "sft_smol.py --num_train_epochs 1",
+                self.common()
+                | {"adapter": adapter(model), "output_dir": folder / f"sft_{number}"}
+                | self.preference_samples(),
+                after=model,
+                result=folder / f"sft_{number}/final_model",
+                records=self.settings.sizes["preferences"] // 2,  # one epoch of two
+            )
+            model = [self.aligned(f"{slug(row)}/train", last, [sft], data, folder)]
+        return model
+
+    def aligned(self, name: str, suffix: str, model: list[Stage], data: Stage, folder: Path) -> Stage:
+        """DPO or S-DPO on a model; all but a row's last training go to a folder beside it."""
+        folder = folder / f"dpo{suffix}" if suffix else folder
+        train_file = data.result
+        return self.add(
+            name + suffix,
+            "DPO_from_dpoData.py",
+            {
+                "train_data": train_file,
+                "valid_data": train_file.with_name(train_file.name.replace("_train", "_valid")),
+                "adapter": adapter(model),
+                "model_name_or_path": self.settings.model_name_or_path,
+                "output_dir": folder,
+            }
+            | self.seeded(),
+            after=[*model, data],
+            result=folder / "final_model",
+            records=self.settings.sizes["preferences"],
+        )
+
+    # -- Flags --------------------------------------------------------------------------------------------------------
+
+    def seeded(self) -> dict[str, Any]:
+        return {"seed": self.settings.seed}
+
+    def common(self) -> dict[str, Any]:
+        settings = self.settings
+        return {"data_dir": settings.data, "model_name_or_path": settings.model_name_or_path} | self.seeded()
+
+    def samples(self, **sizes: str) -> dict[str, int]:
+        return {f"max_{split}_samples": self.settings.sizes[size] for split, size in sizes.items()}
+
+    def preference_samples(self) -> dict[str, int]:
+        return self.samples(train="preferences", eval="valid")
+
+    def add(
+        self, name: str, command: str, flags: dict[str, Any], after: list[Stage], result: Path, records: int = 0
+    ) -> Stage:
+        """Adds a stage, unless it is there, and returns it."""
+        if name not in self.stages:
+            words = shlex.split(command)
+            for flag, value in flags.items():
+                words += [f"--{flag}", str(value)]
+            words += shlex.split(self.description["flags"].get(words[0], ""))
+            cost = self.description["seconds"][words[0]]
+            seconds = cost["start"] + cost["record"] * records
+            self.stages[name] = Stage(name, words, [stage.name for stage in after], result, seconds)
+        return self.stages[name]
+
+
+def adapter(trained: list[Stage]) -> str:
+    """The adapter that a training stage leaves; an empty word is the base model alone."""
+    return str(trained[-1].result) if trained else ""
+
+
+def slug(name: str) -> str:
+    """A row's name as the name of a folder.
+
+    ```python
+    >>> slug("SPRec w/o SFT"), slug("S-DPO K=10")
+    ('sprec_wo_sft', 's_dpo_k10')
+    ```
+    """
+    return re.sub(r"[^a-z0-9]+", "_", re.sub(r"[/=]", "", name.lower())).strip("_")

@@ -1,0 +1,86 @@
+"""A scheduler's signals: training saves after the step and leaves, and goes on to the same weights."""
+
+import os
+import signal
+
+import pytest
+from conftest import run_main
+from transformers import TrainerCallback
+
+import sft_smol
+from cebs import training
+from cebs.interrupts import deferred_interrupts
+from utils import read_json
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPOCHS, STEPS = 2, 3  # twelve records in batches of four
+
+
+class SignalCallback(TrainerCallback):
+    """Sends this process a signal at the beginning of an optimiser step."""
+
+    def __init__(self, signum: int, step: int):
+        self.signum, self.step = signum, step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), self.signum)
+
+
+@pytest.fixture
+def sft(tiny_model, data_dir, tmp_path):
+    def run(name, *more):
+        flags = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--num_train_epochs", EPOCHS)
+        run_main("sft_smol", *flags, "--learning_rate", "0.01", "--output_dir", tmp_path / name, *more)
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder):
+    return (folder / "final_model/adapter_model.safetensors").read_bytes()
+
+
+# within an epoch, also between the batches of a step; in the last step of one, whose evaluation is still to come
+@pytest.mark.parametrize(("step", "saved", "accumulation"), [(1, 2, 1), (4, 5, 2), (2, 3, 1)])
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(sft, monkeypatch, step, saved, accumulation):
+    more = ("--per_device_train_batch_size", 4 // accumulation, "--gradient_accumulation_steps", accumulation)
+    whole = sft("whole", *more)
+    with monkeypatch.context() as patched:
+        callbacks = training.stopping_callbacks
+        patched.setattr(
+            sft_smol,
+            "stopping_callbacks",
+            lambda *args: [*callbacks(*args), SignalCallback(signal.SIGUSR1, step)],
+        )
+        with pytest.raises(KeyboardInterrupt, match="SIGUSR1"):
+            sft("stopped", *more)
+    stopped = read_json(whole.parent / "stopped/run.json")
+    assert (stopped["state"], stopped["reason"]) == ("interrupted", "KeyboardInterrupt: SIGUSR1")
+    assert (whole.parent / f"stopped/checkpoint-{saved}/trainer_state.json").is_file()
+    assert not (whole.parent / "stopped/final_model").exists()
+    resumed = sft("stopped", *more)
+    assert weights(resumed) == weights(whole)
+    runs = [read_json(folder / "run.json")["counts"] for folder in (whole, resumed)]
+    assert runs[0]["eval_loss"] == runs[1]["eval_loss"]
+
+
+def test_a_signal_in_the_last_step_does_not_keep_a_training_from_its_end(sft, monkeypatch):
+    whole = sft("whole")
+    callback = SignalCallback(signal.SIGTERM, EPOCHS * STEPS - 1)
+    monkeypatch.setattr(sft_smol, "stopping_callbacks", lambda *args: [callback])
+    assert weights(sft("signalled")) == weights(whole)
+
+
+def test_signals_wait_for_a_place_where_the_work_can_be_left():
+    done = []
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(KeyboardInterrupt, match="SIGTERM"), deferred_interrupts() as interrupts:
+        for batch in range(3):
+            if batch == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            done.append(batch)
+            interrupts.leave_if_any()
+    assert done == [0, 1]
+    assert signal.getsignal(signal.SIGUSR1) == before

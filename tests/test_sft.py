@@ -1,0 +1,241 @@
+"""Supervised fine-tuning: which tokens have a label, what they weigh, and that the weight changes nothing else."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import run_main
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from trl import SFTTrainer
+
+from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, title_tokens
+from cebs.training import CompletionTrainer, tokenize_records
+from sft_smol import SFTArguments
+from utils import PROJECT, load_model, load_tokenizer, read_json, read_records
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+quick = settings(deadline=None, max_examples=80)
+titles = st.text(st.characters(codec="utf-8", exclude_characters='"'), max_size=15) | st.sampled_from(
+    ["", " ", ",", "Emma (1815)", "Les Misérables", "百年孤独", "👩‍🚀…", "### Response:\n", "<|im_end|>"]
+)
+histories = st.lists(titles, max_size=8)
+instructions = st.sampled_from(["Recommend a book.", 'Answer as in "Emma", please.'])
+
+
+def history_prompt(instruction, history, separator=", "):
+    return build_prompt(instruction, f"The user has read: {separator.join(map(quote, history))}. What comes next?")
+
+
+# --- which tokens ---
+
+
+@quick
+@given(instruction=instructions, history=histories, separator=st.sampled_from([", ", ",", " ", "; ", ""]))
+def test_title_tokens_are_the_titles_and_their_quotes(tokenizer, instruction, history, separator):
+    prompt = history_prompt(instruction, history, separator)
+    ids = tokenizer(prompt).input_ids
+    spans = title_tokens(tokenizer, prompt)
+    assert len(spans) == len(history)
+    for span, title in zip(spans, history, strict=True):
+        pieces = [tokenizer.decode(ids[index]) for index in span]
+        assert quote(title) in tokenizer.decode(ids[span.start : span.stop])
+        # no token more: the first and the last hold a quote
+        assert '"' in pieces[0] and '"' in pieces[-1]
+    assert all(one.start < two.start and one.stop <= two.start + 1 for one, two in zip(spans, spans[1:], strict=False))
+
+
+def test_a_blank_input_has_no_titles(tokenizer):
+    assert title_tokens(tokenizer, build_prompt('Answer as in "Emma".', " ")) == []
+
+
+@quick
+@given(instruction=instructions, history=histories, data=st.data())
+def test_every_title_but_the_first_has_labels(tokenizer, instruction, history, data):
+    """Also of a prompt that is too long, where the first is the oldest that is left."""
+    prompt, answer = history_prompt(instruction, history), '"Dune"\n'
+    (row,), _ = tokenize_records(tokenizer, [(prompt, answer)], None)
+    shortest, longest = len(tokenizer(history_prompt(instruction, [])).input_ids), len(row["input_ids"])
+    answer_tokens = longest - row["labels"].count(-100)
+    max_length = data.draw(st.integers(min(shortest + answer_tokens + 2, longest), longest))
+    (plain,), plain_shortened = tokenize_records(tokenizer, [(prompt, answer)], max_length)
+    (row,), shortened = tokenize_records(tokenizer, [(prompt, answer)], max_length, label_history=True)
+    assert shortened == plain_shortened == (max_length < longest)
+    assert (row["input_ids"], row["labels"]) == (plain["input_ids"], plain["labels"])
+    assert set(plain["history_labels"]) == {-100}
+    prompt_ids, dropped = encode_prompt(tokenizer, prompt, max_length - answer_tokens)
+    assert row["input_ids"][:-answer_tokens] == prompt_ids  # one prompt, in training and in decoding
+    labelled = tokenizer.decode([label for label in row["history_labels"] if label != -100])
+    assert quoted_titles(labelled) == history[dropped + 1 :]
+    assert not QUOTED.sub("", labelled).strip(" ,.")  # at most the commas between them
+    for token, label, history_label in zip(row["input_ids"], row["labels"], row["history_labels"], strict=True):
+        assert history_label == -100 or (history_label == token and label == -100)
+
+
+# --- what they weigh ---
+
+
+@pytest.fixture(scope="module")
+def pairs(data_dir):
+    return [(record.prompt, record.output) for record in read_records(data_dir / "train_sample.json")]
+
+
+def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, **arguments):
+    """A trainer on the tiny model with an adapter whose second half is not zero, without dropout."""
+    tokenizer = load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    dataset, _ = tokenize_records(tokenizer, pairs, 1024, label_history=weight > 0)
+    return trainer(
+        model=get_peft_model(load_model(tiny_model), config),
+        args=SFTArguments(output_dir=str(folder), save_strategy="no", logging_steps=1, warmup_steps=0, **arguments),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        processing_class=tokenizer,
+        **({"history_loss_weight": weight} if trainer is CompletionTrainer else {}),
+    )
+
+
+def test_the_loss_is_the_weighted_mean_over_tokens(tiny_model, tmp_path, pairs):
+    """Against all logits, token by token; and a training step divides by the same sum of weights."""
+    trainer = make_trainer(tiny_model, tmp_path, pairs[:3], weight=0.3, per_device_train_batch_size=3, max_steps=1)
+    rows = list(trainer.train_dataset)
+    batch = trainer.data_collator(rows)
+    loss, weights = 0.0, 0.0
+    with torch.no_grad():
+        ours = trainer.compute_loss(trainer.model, batch)
+        for row in rows:
+            log_probs = trainer.model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(dim=-1)
+            for place, token in enumerate(row["input_ids"]):
+                weight = (row["labels"][place] != -100) + 0.3 * (row["history_labels"][place] != -100)
+                if weight:
+                    loss, weights = loss - weight * log_probs[place - 1, token].item(), weights + weight
+    assert ours.item() == pytest.approx(loss / weights, rel=1e-5)
+    assert any(label != -100 for row in rows for label in row["history_labels"])
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_batches_are_padded_without_labels(tiny_model, tmp_path, pairs):
+    trainer = make_trainer(tiny_model, tmp_path, pairs[:4], weight=1.0, pad_to_multiple_of=64)
+    rows = list(trainer.train_dataset)
+    batch = trainer.data_collator(rows)
+    assert batch["history_labels"].shape == batch["labels"].shape == batch["input_ids"].shape
+    assert batch["input_ids"].shape[1] % 64 == 0
+    for row, labels in zip(rows, batch["history_labels"].tolist(), strict=True):
+        assert labels == row["history_labels"] + [-100] * (len(labels) - len(row["history_labels"]))
+
+
+class AnswerTrainer(SFTTrainer):
+    """The loss on the answer alone, as it stood before titles of the history could have a weight."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs["labels"][:, 1:]
+        columns = (labels != -100).any(dim=0).nonzero().squeeze(1)
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=columns,
+            use_cache=False,
+        )
+        loss = F.cross_entropy(outputs.logits.flatten(0, 1), labels[:, columns].flatten(), reduction="sum")
+        loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_weight_0_is_the_loss_on_the_answer_to_the_last_bit(tiny_model, tmp_path, pairs):
+    left = {}
+    for kind in (CompletionTrainer, AnswerTrainer):
+        trainer = make_trainer(
+            *(tiny_model, tmp_path / kind.__name__, pairs),
+            weight=0.0,
+            trainer=kind,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            eval_strategy="epoch",
+            num_train_epochs=2,
+        )
+        trainer.train()
+        logged = [entry[key] for entry in trainer.state.log_history for key in ("loss", "eval_loss") if key in entry]
+        weights = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+        left[kind] = logged, weights
+    (ours, our_weights), (theirs, their_weights) = left.values()
+    assert ours == theirs and len(ours) == 2 * (len(pairs) // 4 + 1) and ours[0] != ours[-1]
+    assert all(torch.equal(our_weights[name], their_weights[name]) for name in their_weights)
+
+
+# without Adam, whose first steps are of one size whatever the gradient: rounding would decide signs
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_accumulated_batches_equal_one_batch(tiny_model, tmp_path, pairs, weight):
+    """Batches of unequal lengths: a mean of means would differ."""
+    runs = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+        folder = tmp_path / str(batch)
+        trainer = make_trainer(tiny_model, folder, pairs, weight, **arguments, **SGD, learning_rate=0.1, max_steps=3)
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        runs.append((losses, [value.clone() for value in trainer.model.parameters() if value.requires_grad]))
+    for losses, parameters in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        for ours, first in zip(parameters, runs[0][1], strict=True):
+            torch.testing.assert_close(ours, first, atol=1e-5, rtol=1e-4)
+
+
+# --- the command line ---
+
+
+def adapter(folder):
+    return load_file(folder / "final_model" / "adapter_model.safetensors")
+
+
+def test_two_processes_equal_one(tiny_model, data_dir, tmp_path):
+    arguments = (
+        *("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--history_loss_weight", "0.3"),
+        *("--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", "0.5", "--warmup_steps", "0"),
+        *("--lora_dropout", "0", "--max_train_samples", "8", "--num_train_epochs", "1"),
+        *("--gradient_accumulation_steps", "2"),
+    )
+    one = (*arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
+    run_main("sft_smol", *one)
+    two = (*arguments, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "1")
+    # without MPI, accelerate starts several processes only as for GPUs; the script's own flags keep them on the CPU
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no"]
+        + [str(PROJECT / "sft_smol.py"), *map(str, two), "--use_cpu", "true", "--ddp_backend", "gloo"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    ours, theirs = adapter(tmp_path / "one"), adapter(tmp_path / "two")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_the_weight_changes_the_adapter_and_not_what_is_evaluated(tiny_model, data_dir, tmp_path):
+    def train(name, *more):
+        arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--num_train_epochs", "1", *more)
+        run_main("sft_smol", *arguments, "--output_dir", tmp_path / name)
+        return read_json(tmp_path / name / "run.json")
+
+    still = ("--learning_rate", "0", "--lora_dropout", "0")
+    (plain,) = train("plain", *still)["counts"]["eval_loss"]
+    (weighted,) = train("weighted", *still, "--history_loss_weight", "1")["counts"]["eval_loss"]
+    assert weighted == plain
+    train("zero", "--learning_rate", "0.01", "--history_loss_weight", "0")
+    run = train("recipe", "--config", PROJECT / "configs" / "sft_recipe.yaml", "--learning_rate", "0.01")
+    assert run["arguments"]["history_loss_weight"] == 1.0 and run["state"] == "done"
+    zero, recipe = adapter(tmp_path / "zero"), adapter(tmp_path / "recipe")
+    assert any(not torch.equal(zero[name], recipe[name]) for name in zero)
