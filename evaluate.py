@@ -64,10 +64,10 @@ from cebs.statistics import intervals, number_users
 from utils import (
     InputError,
     ScriptParser,
-    _earlier_runs,
     read_list,
     read_records,
     read_user,
+    recorded_runs,
     require_done,
     run_script,
     sha256,
@@ -364,7 +364,7 @@ def read_rankings(
 
 def ranked_without_history(predictions_file: Path) -> bool:
     """Says whether the run that wrote the rankings left each record's history out, as its `run.json` tells."""
-    runs = _earlier_runs(predictions_file.absolute().parents[1])
+    runs = recorded_runs(predictions_file.absolute().parents[1])
     return any(runs[script]["arguments"].get("exclude_history", False) for script in PREDICTING if script in runs)
 
 

@@ -35,6 +35,7 @@ from cebs.branches import beam_search
 from cebs.calibration import PRIORS_CACHE, kept_edge_priors
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
+from cebs.predictions import prediction_record
 from cebs.prompts import Record, build_prompt, quote
 from cebs.sources import find_model
 from utils import (
@@ -184,15 +185,6 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         write_json(predictions / f"raw_results_{len(results)}.json", results)
         journal.remove()
         run.counts.update(records=len(results), shortened_prompts=decoder.shortened_prompts)
-
-
-def prediction_record(record: Record, prediction: str, ranking: list[str] | None = None) -> dict[str, Any]:
-    """Returns what is written for a record; `user` and `ranking` only where there are any."""
-    return (
-        {"prompt": record.prompt, "prediction": prediction, "ground_truth": record.target}
-        | ({"user": record.user} if record.user else {})
-        | ({"ranking": ranking} if ranking is not None else {})
-    )
 
 
 def make_parser() -> ScriptParser:

@@ -36,7 +36,8 @@ PROJECT = Path(__file__).resolve().parent
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REPORTED_PACKAGES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate", "numpy", "sentence-transformers")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PLACES = ("output_dir", "overwrite", "logging_dir", "run_name")  # arguments that do not change what a run computes
+# arguments that do not change what a run computes
+PLACES = ("output_dir", "overwrite", "logging_dir", "run_name", "cache_dir")
 INTERRUPT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # Slurm's: the job is cancelled; its time or its node runs out
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report each training run
@@ -356,7 +357,7 @@ def run_folder(
         "inputs": _sums([*inputs, *([Path(adapter) / ADAPTER_WEIGHTS] if adapter else [])])
         | ({"base_model": base_model} if base_model else {}),
     }
-    earlier = _earlier_runs(folder)
+    earlier = recorded_runs(folder)
     previous = earlier.get(script)
     old_outputs = _found(folder, [*outputs, *scratch])
     same = previous is not None and _identity(previous) == _identity(described)
@@ -426,13 +427,13 @@ def require_done(path: str | Path, *scripts: str) -> None:
         `InputError`: if the run is still going on, was interrupted or failed.
     """
     for folder in Path(path).absolute().parents[:2]:
-        runs = _earlier_runs(folder)
+        runs = recorded_runs(folder)
         for script in scripts:
             if script in runs and runs[script]["state"] != "done":
                 raise InputError(f"{path}: {script} is {runs[script]['state']} in {folder}; run it to its end first")
 
 
-def _earlier_runs(folder: Path) -> dict[str, dict]:
+def recorded_runs(folder: Path) -> dict[str, dict]:
     if not (folder / "run.json").is_file():
         return {}
     last = read_json(folder / "run.json")

@@ -26,6 +26,7 @@ import argparse
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,7 +64,11 @@ def main(args: argparse.Namespace) -> int:
         aggregate_seeds([plan.settings.results_csv for plan in plans], results_csv)
     if results_csv.is_file():
         print_results(results_csv, dataset)
+        report = ["report.py", "--results_csv", str(results_csv), "--output_dir", str(output / "report")]
+        subprocess.run([sys.executable, *report], check=False)  # its complaint stands; the table is there
         print(f"written to {results_csv}; the commands are in {output / 'commands.sh'}")
+    if args.publish:
+        publish(output, Path(args.publish))
     if missing:
         print(f"\n{len(missing)} stages are missing; the same command tries them again:", file=sys.stderr)
         print(*(f"  {name}: {reason}" for name, reason in missing.items()), sep="\n", file=sys.stderr)
@@ -231,6 +236,19 @@ def order_rows(results_csv: Path, rows: list[str]) -> None:
     write_text(results_csv, table.to_text())
 
 
+def publish(output: Path, folder: Path) -> None:
+    """Copies what others need to check a table, and no data: CSV, report, commands, and each run's `run.json`."""
+    for name in ("results.csv", "commands.sh", "report/report.md"):
+        write_text(folder / Path(name).name, (output / name).read_text(encoding="utf-8"))
+    shutil.copytree(
+        output / "report/plots", folder / "plots", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.pdf")
+    )
+    for path in sorted(output.rglob("run.json")):
+        name = ".".join(path.parent.relative_to(output).parts)
+        write_text(folder / "runs" / f"{name}.json", path.read_text(encoding="utf-8"))
+    print(f"published in {folder}")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -266,6 +284,7 @@ def plan_parser(prog: str, description: str) -> argparse.ArgumentParser:
         "--iterations", type=positive, default=2, metavar="T", help="rounds of SPRec iterated; default: 2"
     )
     parser.add_argument("--description", default="configs/comparison.yaml", metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--publish", metavar="DIR", help="copy CSV, commands and run.json files there, for others")
     parser.add_argument("--dry_run", action="store_true", help="print the plan and the commands, run nothing")
     parser.set_defaults(size="quick")
     return parser

@@ -8,13 +8,13 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cebs.kept import kept_file, read_kept, write_kept
 from cebs.sources import MODELS
 from utils import InputError, sha256
 
@@ -68,8 +68,8 @@ def embed(
     Raises:
         `InputError`: if the folder holds no encoder that works.
     """
-    cache_file = _cache_file(encoder_dir, titles, cache_dir)
-    catalogue = _read_cache(cache_file, len(titles))
+    cache_file = kept_file(cache_dir, [encoder_fingerprint(encoder_dir), list(titles)])
+    catalogue = read_kept(cache_file)
     ids = {title: index for index, title in enumerate(titles)}
     unknown = [text for text in texts if text not in ids]
     was_kept = catalogue is not None
@@ -82,7 +82,7 @@ def embed(
     if not (np.isfinite(catalogue).all() and np.isfinite(embeddings).all()):
         raise InputError(f"{encoder_dir}: gives embeddings that are not finite numbers; use another encoder")
     if not was_kept:
-        _write_cache(cache_file, catalogue)
+        write_kept(cache_file, catalogue, "the catalogue's embeddings")
     return embeddings, catalogue
 
 
@@ -170,45 +170,6 @@ def encode_texts(encoder: "SentenceTransformer", texts: Sequence[str], descripti
 # ---------------------------------------------------------------------------------------------------------------------
 # The cache of the catalogue's embeddings
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def _cache_file(encoder_dir: Path, titles: Sequence[str], cache_dir: Path) -> Path:
-    """Returns the file of an encoder's embeddings of a catalogue; its name changes with either's contents."""
-    contents = json.dumps([encoder_fingerprint(encoder_dir), list(titles)])
-    return cache_dir / f"{hashlib.sha256(contents.encode()).hexdigest()[:32]}.safetensors"
-
-
-def _read_cache(path: Path, num_titles: int) -> np.ndarray | None:
-    """Returns the embeddings `[M, D]`, or None where they are not kept or the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="np") as file:
-            embeddings, kept_sum = file.get_tensor("embeddings"), (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return None
-    is_whole = embeddings.ndim == 2 and len(embeddings) == num_titles and kept_sum == _sum(embeddings)
-    return embeddings if is_whole else None
-
-
-def _write_cache(path: Path, embeddings: np.ndarray) -> None:
-    """Keeps the embeddings, whole or not at all; where that cannot be done they are computed again next time."""
-    from safetensors.numpy import save_file
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({"embeddings": embeddings}, temporary, metadata={"sha256": _sum(embeddings)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        print(f"note: the catalogue's embeddings are not kept: {error}")
-
-
-def _sum(embeddings: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(embeddings).data).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

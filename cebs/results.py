@@ -340,7 +340,7 @@ def compare_with_reference(path: str | Path, table: ResultsTable, dataset: str, 
             if not of_seeds:
                 raise InputError(f"{name}: not tested, there is no file per user; evaluate its predictions to have one")
             contents[name] = mean_over_seeds(of_seeds)
-            _check_agreement(table, table.method_rows(dataset, name)[0], contents[name])
+            check_agreement(table, table.method_rows(dataset, name)[0], contents[name])
             check_same_records(contents[name], contents[reference])
         except InputError as error:
             notes.append(str(error))
@@ -358,7 +358,7 @@ def compare_with_reference(path: str | Path, table: ResultsTable, dataset: str, 
     return ReferenceTests(reference, at_k, notes)
 
 
-def _check_agreement(table: ResultsTable, row: list[str], content: Mapping[str, Any]) -> None:
+def check_agreement(table: ResultsTable, row: list[str], content: Mapping[str, Any]) -> None:
     for k in content["topk"]:
         for metric, measure in (("NDCG", "ndcg"), ("HR", "hit")):
             mean = np.mean([user[measure][str(k)] for user in content["users"]])

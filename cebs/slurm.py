@@ -99,36 +99,14 @@ def submit(args: argparse.Namespace, words: list[str]) -> int:
         args: as `make_plans` takes them.
         words: the command line that they come from, for the record.
     """
-    # -- What there is to do ------------------------------------------------------------------------------------------
     output, _, plans = make_plans(args)
-    earlier = read_jobs(output) if (output / RECORD).is_file() else {}
-    jobs = {job.name: job for plan in plans for job in planned_jobs(plan, output)}
-    for name in jobs.keys() & earlier.keys():
-        jobs[name] = replace(jobs[name], job_id=earlier[name].job_id)
-    wait_for_same_command(jobs)
-    queued = read_queue() if shutil.which("squeue") or not args.dry_run else {}
-    for name in jobs.keys() & earlier.keys():
-        if jobs[name].job_id in queued and jobs[name].command != earlier[name].command:
-            raise InputError(
-                f"{name}: job {jobs[name].job_id} is in the queue with other flags; scancel it first, or give another "
-                "--output_dir"
-            )
-    actions = decide(jobs, queued)
-
-    # -- The sbatch lines ---------------------------------------------------------------------------------------------
     if args.dry_run:
-        for name, action in actions.items():
-            if action == "submit":
-                variable = re.sub(r"\W", "_", f"job_{name}")
-                sbatch = sbatch_words(jobs[name], before(jobs, name, actions))
-                print(f"{variable}=$(CEBS_NOTE={shlex.quote(jobs[name].note)} {line(sbatch)})")
-                jobs[name] = replace(jobs[name], job_id=f"${variable}")
-            else:
-                print(f"# {name}: {action}")
+        jobs, actions = what_is_missing(output, plans, read_queue() if shutil.which("squeue") else {})
+        print_sbatch_lines(jobs, actions)
         return 0
-
-    # -- The jobs -----------------------------------------------------------------------------------------------------
     with the_only_one(output):
+        queued = read_queue()
+        jobs, actions = what_is_missing(output, plans, queued)
         if "submit" in actions.values():
             fetch_downloads(plans, output)
         width = max(map(len, jobs))
@@ -138,14 +116,47 @@ def submit(args: argparse.Namespace, words: list[str]) -> int:
                 if jobs[name].job_id in queued:  # with a result that is about to be made anew
                     slurm("scancel", jobs[name].job_id)
                 jobs[name] = replace(jobs[name], job_id=start(jobs[name], waits_for))
-                # at once: whatever happens next, what is in the queue is known
-                write_jobs(output, earlier | jobs, words)
+                write_jobs(output, jobs, words)  # at once: whatever happens next, what is in the queue is known
             told = {"submit": f"job {jobs[name].job_id}", "queued": f"job {jobs[name].job_id}, in the queue already"}
             after = f" after {', '.join(waits_for)}" if waits_for else ""
             print(f"{name:<{width}}  {told.get(action, action)}{after}", flush=True)
-        write_jobs(output, earlier | jobs, words)
+        write_jobs(output, jobs, words)
     print("\nslurm/status.sh tells how it stands, and what to do next")
     return 0
+
+
+def what_is_missing(
+    output: Path, plans: list[Plan], queued: dict[str, Queued]
+) -> tuple[dict[str, Job], dict[str, str]]:
+    """Returns the jobs of the plans, with the ids they were submitted under before, and what becomes of each.
+
+    Raises:
+        `InputError`: if a job is in the queue with another command line.
+    """
+    earlier = read_jobs(output) if (output / RECORD).is_file() else {}
+    jobs = {job.name: job for plan in plans for job in planned_jobs(plan, output)}
+    for name in jobs.keys() & earlier.keys():
+        jobs[name] = replace(jobs[name], job_id=earlier[name].job_id)
+        if jobs[name].job_id in queued and jobs[name].command != earlier[name].command:
+            raise InputError(
+                f"{name}: job {jobs[name].job_id} is in the queue with other flags; scancel it first, or give another "
+                "--output_dir"
+            )
+    wait_for_same_command(jobs)
+    return jobs, decide(jobs, queued)
+
+
+def print_sbatch_lines(jobs: dict[str, Job], actions: dict[str, str]) -> None:
+    """Prints what would be submitted, as lines for the shell in which variables stand for the ids of jobs."""
+    jobs = dict(jobs)
+    for name, action in actions.items():
+        if action == "submit":
+            variable = re.sub(r"\W", "_", f"job_{name}")
+            sbatch = sbatch_words(jobs[name], before(jobs, name, actions))
+            print(f"{variable}=$(CEBS_NOTE={shlex.quote(jobs[name].note)} {line(sbatch)})")
+            jobs[name] = replace(jobs[name], job_id=f"${variable}")
+        else:
+            print(f"# {name}: {action}")
 
 
 def planned_jobs(plan: Plan, output: Path) -> list[Job]:
@@ -363,6 +374,9 @@ def read_jobs(output: Path) -> dict[str, Job]:
 
 
 def write_jobs(output: Path, jobs: dict[str, Job], words: list[str]) -> None:
+    """Records jobs and the words that they were submitted with; jobs of other rows in the same folder stay."""
+    earlier = read_jobs(output) if (output / RECORD).is_file() else {}
+    jobs = jobs | {name: job for name, job in earlier.items() if name not in jobs}  # each after those it waits for
     write_json(output / RECORD, {"command": shlex.join(words), "jobs": [asdict(job) for job in jobs.values()]})
 
 

@@ -221,6 +221,7 @@ def test_grouplens_archive(grouplens, tmp_path):
             assert len(record.history) == 3 and len({*record.history, record.target} & {*catalogue.titles}) == 4
             assert "movie" in record.instruction and "movie" in record.input
             assert record.output == f'"{record.target}"\n'
+            assert record.user.isdigit()
     made = read_json(tmp_path / "out/run.json")
     assert made["state"] == "done" and made["counts"]["records"] == {"train": 30, "valid": 8, "test": 20}
     assert made["counts"]["last_target"]["train"] < made["counts"]["first_target"]["test"]

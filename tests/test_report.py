@@ -12,7 +12,7 @@ from unittest import mock
 import matplotlib
 import numpy as np
 import pytest
-from conftest import listing, run_main
+from conftest import Result, edit_json, listing, run_main, start_script
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_strategies
@@ -21,6 +21,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from cebs.metrics import METRICS_AT_K, TAIL_METRICS_AT_K, long_tail
+from cebs.report.gallery import choose_plots
 from cebs.report.inputs import CandidateRun, Estimate, Material, Method, Recommendations, read_material, read_methods
 from cebs.report.pages import LATEX, Section, escape_latex, report_html, report_markdown, table_latex
 from cebs.report.plots import (
@@ -101,8 +102,6 @@ def report(results, run_script, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run_script(tmp_path_factory):
-    from conftest import Result, start_script
-
     def run(name, *args, cwd):
         process = start_script(name, *args, cwd=cwd)
         stdout, stderr = process.communicate(timeout=180)
@@ -179,7 +178,7 @@ def test_the_words(report):
     assert "The protocol of all rows is ranked (the method's own ranking" in text
     assert "Every row is of one seed" in text
     assert "No training logs were found for" in text and "No finished run" not in text
-    assert "As published, from published.csv; not measured here" in text
+    assert "From published.csv" in text and "As published, not measured here." in text
 
 
 def test_markdown_points_at_the_plots(report):
@@ -239,6 +238,42 @@ def test_files_of_another_evaluation_are_left_out(results, tmp_path):
     material = read_material(results / "results.csv", table, "classics", "SFT", 10)
     assert next(method for method in material.methods if method.name == "ClusterIn").per_user == []
     assert any("is of another evaluation (HR@10" in note for note in material.notes)
+
+
+def test_genres_and_exposure_are_those_of_the_figures(results):
+    """The plots count titles anew, from files per user and prompts: they must come to what the CSV says."""
+    table = read_results(results / "results.csv")
+    material = read_material(results / "results.csv", table, "classics", "SFT", 10)
+    found = material.recommendations
+    assert len(found.counts) == len(material.methods) == 5
+    for method in material.methods:
+        assert np.ptp(found.shares[method.number] - found.history) == pytest.approx(method.value("DGU@10"))
+        assert np.count_nonzero(found.counts[method.number]) == method.value("Diversity@10")
+        tail = np.interp(0.8, *lorenz_curve(found.exposure, found.counts[method.number]))
+        assert tail == pytest.approx(method.value("Coverage@10"))
+
+
+def test_without_predictions_there_are_no_genres(results, tmp_path):
+    folder = shutil.copytree(results, tmp_path / "results")
+    for path in (folder / "per_user").glob("*/*.json"):
+        content = read_json(path)
+        write_json(path, content | {"predictions": content["predictions"] | {"sha256": "of other predictions"}})
+    material = read_material(folder / "results.csv", read_results(folder / "results.csv"), "classics", "SFT", 10)
+    assert [plot.name for plot in choose_plots(material, 10)] == [name for name in PLOTS if name != "genre-shares"]
+    assert any(note.startswith("Genres are not shown: no predictions") for note in material.notes)
+
+
+def test_a_method_on_other_records_is_not_tested_and_not_plotted(results, tmp_path):
+    folder = shutil.copytree(results, tmp_path / "results")
+    (path,) = (folder / "per_user").glob("*/ClusterIn.json")
+    edit_json(path, lambda content: content["users"].reverse())
+    material = read_material(folder / "results.csv", read_results(folder / "results.csv"), "classics", "SFT", 10)
+    (place,) = (method.number for method in material.methods if method.name == "ClusterIn")
+    assert material.methods[place - 1].test is None and place not in material.recommendations.counts
+    assert "ClusterIn was evaluated on other test records than the rest: not in these plots." in material.notes
+    assert "Not tested, for they were not evaluated on the same records as SFT: ClusterIn (3)." in (
+        make_tables(material, 10)[0].notes
+    )
 
 
 def test_rows_by_another_encoder_are_not_tested(results):
@@ -440,32 +475,24 @@ def many_methods(count=25):
 
 
 def texts_in(figure):
-    """The texts that are drawn in a figure and where they stand, in pixels; the rotated ones are left out."""
+    """The texts that are drawn in a figure."""
     figure.draw_without_rendering()
-    renderer = FigureCanvasAgg(figure).get_renderer()
     drawn = []
     with mock.patch.object(Text, "draw", lambda text, renderer: drawn.append(text)):
-        figure.draw(renderer)
-    return [
-        (text.get_text(), Text.get_window_extent(text, renderer))  # without an annotation's arrow
-        for text in dict.fromkeys(drawn)
-        if text.get_visible() and text.get_text() and not text.get_rotation()
-    ]
+        figure.draw(FigureCanvasAgg(figure).get_renderer())
+    return [text for text in dict.fromkeys(drawn) if text.get_visible() and text.get_text()]
 
 
 def hidden(figure):
-    """Pairs of texts that overlap, and texts that reach beyond the paper."""
-    texts = texts_in(figure)
-    paper = figure.bbox
-    outside = [
-        text
-        for text, box in texts
-        if box.x0 < paper.x0 - 1 or box.x1 > paper.x1 + 1 or box.y0 < paper.y0 - 1 or box.y1 > paper.y1 + 1
-    ]
+    """The texts that reach beyond the paper, and the pairs of level texts that overlap."""
+    boxes = [(text, Text.get_window_extent(text)) for text in texts_in(figure)]  # without an annotation's arrow
+    width, height = figure.bbox.width + 1, figure.bbox.height + 1
+    outside = [text.get_text() for text, box in boxes if min(box.x0, box.y0) < -1 or box.x1 > width or box.y1 > height]
+    level = [(text.get_text(), box) for text, box in boxes if not text.get_rotation()]
     pairs = [
         (one, other)
-        for place, (one, a) in enumerate(texts)
-        for other, b in texts[:place]
+        for place, (one, a) in enumerate(level)
+        for other, b in level[:place]
         if min(a.x1, b.x1) - max(a.x0, b.x0) > 1 and min(a.y1, b.y1) - max(a.y0, b.y0) > 1
     ]
     return outside, pairs
@@ -494,12 +521,13 @@ RUNS = [
     [
         (plot_accuracy_diversity, (METHODS, "SFT", 10)),
         (plot_genre_shares, (METHODS, RECOMMENDATIONS)),
+        (plot_genre_shares, (METHODS[:2], RECOMMENDATIONS)),
         (plot_exposure, (METHODS, RECOMMENDATIONS)),
         (plot_losses, (METHODS,)),
         (plot_candidates, (RUNS,)),
     ],
 )
-def test_no_text_hides_another_with_25_methods_of_long_names(plot, arguments):
+def test_no_text_hides_another_also_with_25_methods_of_long_names(plot, arguments):
     with matplotlib.rc_context(STYLE):
         assert hidden(plot(*arguments)) == ([], [])
 
@@ -508,7 +536,7 @@ def test_names_are_no_formulas_in_plots():
     broken = "$\\frac{1}{$ _hidden\x00"
     with matplotlib.rc_context(STYLE):
         figure = plot_losses([replace(METHODS[0], name=broken)])
-        assert any("$\\frac{1}{$" in text for text, _ in texts_in(figure))
+        assert any("$\\frac{1}{$" in text.get_text() for text in texts_in(figure))
 
 
 def test_figures_of_nothing_and_without_intervals():
@@ -553,7 +581,7 @@ def spoil_candidates(folder):
         (None, ["--published", "none.csv"], "none.csv: no such file; give --published a CSV with a column Model"),
         (None, ["--published", "results.json"], "results.json: has no column Model"),
         (lambda folder: (folder / "results.csv").write_text("Dataset,Model\n"), [], "results.csv: has no rows"),
-        (spoil_per_user, [], "classics, SFT: user 3: needs 'record' and 'recommended'; evaluate again"),
+        (spoil_per_user, [], "classics, SFT: user 3: 'recommended' must be a list of titles; evaluate again"),
         (spoil_log, [], "training_log.json: record 0: 'step' is missing"),
         (spoil_checkpoint, [], "trainer_state.json: has no list 'log_history'"),
         (spoil_candidates, [], "run.json: does not count rounds as dataset_generate_cluster_batch.py does"),

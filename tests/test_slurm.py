@@ -187,7 +187,7 @@ def finish(job: Job) -> None:
 
 
 def test_the_dry_run_submits_nothing_and_prints_the_whole_graph(cluster, capsys, monkeypatch):
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")  # no Slurm is needed for it
+    monkeypatch.setenv("PATH", "/nowhere")  # no Slurm is needed for it
     go("--dry_run", *DATA)
     lines = [line for line in capsys.readouterr().out.splitlines() if "sbatch" in line]
     expected = [stage for stage in stages(*DATA) if stage.name != "downloads"]
@@ -274,6 +274,17 @@ def test_seeds_make_their_common_data_one_after_the_other(cluster):
     assert "out/seed_2/.stages/data.txt" in second and "--dependency=afterok:1 " in second
 
 
+def test_rows_submitted_one_after_the_other_stand_in_one_record_in_order(cluster):
+    go("--only", "SFT", "--output_dir", "out", *DATA, "--seeds", "2", "3")
+    go("--only", "Origin", "--output_dir", "out", *DATA, "--seeds", "1", "2", "3")
+    jobs = read_jobs(Path("out"))
+    assert {"seed_2/sft/evaluate", "seed_1/origin/evaluate", "seed_3/origin/evaluate"} <= jobs.keys()
+    seen = set()
+    for name, job in jobs.items():
+        assert seen.issuperset(job.after), name
+        seen.add(name)
+
+
 def test_without_slurm_it_says_where_to_go(cluster, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(InputError, match="squeue: not found; run this where Slurm's commands are"):
@@ -357,7 +368,7 @@ def test_a_graph_on_slurm(real_slurm, tmp_path, tiny_model, data_dir, encoder, m
     for kind in ("CEBS_SBATCH_GPU", "CEBS_SBATCH_CPU"):
         monkeypatch.setenv(kind, "--gpus-per-node=0 --cpus-per-task=1 --mem=1G")
     description = yaml.safe_load((PROJECT / "configs/comparison.yaml").read_text(encoding="utf-8"))
-    training = "--num_train_epochs 60 --learning_rate 0.01"
+    training = "--num_train_epochs 40 --learning_rate 0.01"
     description["flags"]["sft_smol.py"] = training
     write_text(tmp_path / "description.yaml", yaml.safe_dump(description))
     out = tmp_path / "out"

@@ -146,7 +146,7 @@ def test_every_stages_defaults_and_configs_parse():
     import importlib
 
     stages = {
-        "sft_smol": ["sft_published"],
+        "sft_smol": ["sft_published", "sft_recipe"],
         "dataset_generate_cluster_batch": [],
         "DPO_from_dpoData": ["dpo_hard", "dpo_long_tail", "dpo_published"],
         "generate_predict_batch": [],

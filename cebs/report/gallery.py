@@ -1,5 +1,6 @@
 """Which plots a report has, with their captions, and texts for readers who do not see them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ def choose_plots(material: Material, k: int) -> list[Plot]:
                 name="accuracy-diversity",
                 title="Accuracy against diversity",
                 caption="Each point is a method, by the number of its row; the list below has both figures of each. "
-                "Lines are 95 % intervals, as far as the CSV has them. Up and to the right is better.",
+                "Lines are 95 % intervals or, where a row is a mean over seeds, one standard deviation to either side. "
+                "Up and to the right is better.",
                 alt=f"Scatter plot of NDCG@{k} against Diversity@{k} of {len(with_both)} methods, and a list of both "
                 f"with intervals. Highest NDCG: {accurate.name}, {accurate.value(f'NDCG@{k}'):.4f}. Most distinct "
                 f"titles: {diverse.name}, {diverse.value(f'Diversity@{k}'):,.0f}.",
@@ -95,35 +97,37 @@ def choose_plots(material: Material, k: int) -> list[Plot]:
 
 
 def _recommendation_plots(material: Material, recommendations: Recommendations) -> list[Plot]:
+    exposure = Plot(
+        name="exposure",
+        title="Recommendations against exposure",
+        caption="Lorenz curves. The titles of the catalogue stand from left to right by their exposure in the training "
+        "records, the least exposed first; the curve shows which share of the recommendations the titles up to there "
+        "have. The lower it runs, the more goes to what is seen often anyway. The number is the share of the "
+        "recommendations outside the 20 % most exposed titles (Coverage).",
+        alt=f"A Lorenz curve for each of {len(recommendations.counts)} methods, with the share of its "
+        "recommendations outside the 20 % most exposed titles.",
+        draw=plots.plot_exposure,
+        arguments=(material.methods, recommendations),
+    )
     names = {method.number: method.name for method in material.methods}
     differences = {
         (names[number], genre): 100 * (share - past)
         for number, shares in recommendations.shares.items()
         for genre, share, past in zip(recommendations.genres, shares, recommendations.history, strict=True)
+        if math.isfinite(share - past)
     }
+    if not differences:  # no histories, or no genres
+        return [exposure]
     (method, genre), greatest = max(differences.items(), key=lambda item: abs(item[1]))
-    return [
-        Plot(
-            name="genre-shares",
-            title="Genres: recommendations against histories",
-            caption="Above, the share of each genre in the histories. Below, by how many percentage points its share "
-            "in a method's recommendations is greater (orange, +) or smaller (violet, −). DGU is the distance between "
-            "the greatest and the smallest of a row.",
-            alt=f"Coloured table of {len(recommendations.shares)} methods by {len(recommendations.genres)} genres. "
-            f"Greatest difference: {method}, {genre}, {greatest:+.1f} percentage points.",
-            draw=plots.plot_genre_shares,
-            arguments=(material.methods, recommendations),
-        ),
-        Plot(
-            name="exposure",
-            title="Recommendations against exposure",
-            caption="Lorenz curves. The titles of the catalogue stand from left to right by their exposure in the "
-            "training records, the least exposed first; the curve shows which share of the recommendations the titles "
-            "up to there have. The lower it runs, the more goes to what is seen often anyway. The number is the share "
-            "of the recommendations outside the 20 % most exposed titles (Coverage).",
-            alt=f"A Lorenz curve for each of {len(recommendations.counts)} methods, with the share of its "
-            "recommendations outside the 20 % most exposed titles.",
-            draw=plots.plot_exposure,
-            arguments=(material.methods, recommendations),
-        ),
-    ]
+    genres = Plot(
+        name="genre-shares",
+        title="Genres: recommendations against histories",
+        caption="Above, the share of each genre in the histories. Below, by how many percentage points its share in a "
+        "method's recommendations is greater (orange, +) or smaller (violet, −). DGU is the distance between the "
+        "greatest and the smallest of a row.",
+        alt=f"Coloured table of {len(recommendations.shares)} methods by {len(recommendations.genres)} genres. "
+        f"Greatest difference: {method}, {genre}, {greatest:+.1f} percentage points.",
+        draw=plots.plot_genre_shares,
+        arguments=(material.methods, recommendations),
+    )
+    return [genres, exposure]

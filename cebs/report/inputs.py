@@ -17,11 +17,11 @@ import numpy as np
 
 from cebs.catalogue import CATALOGUE_FILES, exposure_counts, load_catalogue
 from cebs.metrics import genre_shares, genre_weights, recommendation_counts
-from cebs.per_user import find_per_user, mean_over_seeds
-from cebs.prompts import Record
-from cebs.results import FACTS, ReferenceTests, ResultsTable, _check_agreement, compare_with_reference
+from cebs.per_user import check_same_records, find_per_user, mean_over_seeds
+from cebs.prompts import quoted_titles
+from cebs.results import FACTS, ReferenceTests, ResultsTable, check_agreement, compare_with_reference
 from cebs.statistics import PairedTest
-from utils import InputError, _earlier_runs, read_json, read_list, read_records
+from utils import InputError, read_json, read_list, read_records, recorded_runs, sha256
 
 BASELINES = ("random", "popularity", "itemknn", "sasrec")  # first in every table, in this order
 CANDIDATES_SCRIPT = "dataset_generate_cluster_batch.py"
@@ -77,8 +77,9 @@ class Method:
 
     @property
     def run_dirs(self) -> list[Path]:
-        """The folders of the runs that made its predictions."""
-        return [Path(content["predictions"]["file"]).parent.parent for content in self.per_user]
+        """The folders of the runs that made its predictions, `<run>/predictions/`."""
+        folders = [Path(content["predictions"]["file"]).parent for content in self.per_user]
+        return [folder.parent for folder in folders if folder.name == "predictions"]
 
 
 def read_methods(table: ResultsTable, dataset: str) -> list[Method]:
@@ -122,7 +123,7 @@ def read_per_user_files(methods: Sequence[Method], table: ResultsTable, results_
             _check_origin(content)
         try:
             if contents:
-                _check_agreement(table, table.method_rows(dataset, method.name)[0], mean_over_seeds(contents))
+                check_agreement(table, table.method_rows(dataset, method.name)[0], mean_over_seeds(contents))
                 method.per_user = contents
         except InputError as error:
             notes.append(f"{error}.")
@@ -141,8 +142,8 @@ def _check_origin(content: dict[str, Any]) -> None:
     if not isinstance(content.get("data_dir"), str) or not isinstance(predictions, dict) or "file" not in predictions:
         raise InputError(f"{place}: does not say where it comes from (data_dir, predictions); evaluate again")
     for index, user in enumerate(content["users"]):
-        if not isinstance(user.get("record"), int) or not isinstance(user.get("recommended"), list):
-            raise InputError(f"{place}: user {index}: needs 'record' and 'recommended'; evaluate again")
+        if not isinstance(user.get("recommended"), list):
+            raise InputError(f"{place}: user {index}: 'recommended' must be a list of titles; evaluate again")
 
 
 def attach_tests(
@@ -183,7 +184,7 @@ class Recommendations:
 
     Args:
         genres (`list[str]`): the G genres counted.
-        history (`np.ndarray` of shape `[G]`): genre shares of the histories (H).
+        history (`np.ndarray` of shape `[G]`): genre shares of the histories (H); NaN where they are not known.
         shares (`dict[int, np.ndarray]`): genre shares of the recommendations (P, `[G]`), by the method's number.
         exposure (`np.ndarray` of shape `[M]`): how often each title occurs in the training records.
         counts (`dict[int, np.ndarray]`): how often each title is recommended (`[M]`), by the method's number.
@@ -198,38 +199,58 @@ class Recommendations:
 
 def data_files(data_dir: Path) -> list[Path]:
     """Returns the files of a data folder that `read_recommendations` reads."""
-    return [data_dir / name for name in ("train_sample.json", "test_sample.json", *CATALOGUE_FILES)]
+    return [data_dir / name for name in ("train_sample.json", *CATALOGUE_FILES)]
 
 
-def read_recommendations(methods: Sequence[Method], data_dir: Path, k: int) -> tuple[Recommendations | None, list[str]]:
-    """Counts recommended titles and genres as `evaluate.py` does: over the records whose target is in the catalogue.
+def find_predictions(methods: Sequence[Method]) -> tuple[Path, dict[str, Any]] | None:
+    """Returns the first predictions that are still what was evaluated, and the content of their file per user."""
+    for content in (content for method in methods for content in method.per_user):
+        path = Path(content["predictions"]["file"])
+        if path.is_file() and sha256(path) == content["predictions"].get("sha256"):
+            return path, content
+    return None
+
+
+def read_recommendations(
+    methods: Sequence[Method], data_dir: Path, predictions: tuple[Path, dict[str, Any]] | None, k: int
+) -> tuple[Recommendations | None, list[str]]:
+    """Counts titles and genres as `evaluate.py` does.
+
+    Recommendations count where the record's target is in the catalogue, over all seeds of a method; histories are
+    those of all prompts, which are the same for every method.
 
     Args:
-        methods: those with files per user are counted, over all seeds.
+        methods: those with files per user are counted.
         data_dir: the data folder that was evaluated on.
+        predictions: where the prompts are, see `find_predictions`.
         k: how many titles are recommended.
 
     Returns:
-        The recommendations (`None` where there is nothing to count), and notes on methods that are not among them.
+        The recommendations (`None` where there is nothing to count), and notes on what is not among them.
     """
     catalogue = load_catalogue(data_dir)
     ids = {title: index for index, title in enumerate(catalogue.titles)}
     weights = genre_weights(map(catalogue.genres_of, catalogue.titles), catalogue.counted_genres)  # [M, G]
     exposed = exposure_counts(read_records(data_dir / "train_sample.json"))
-    tested = read_records(data_dir / "test_sample.json")
-    counts: dict[int, np.ndarray] = {}
     history: Counter[str] = Counter()
     notes = []
+    if predictions:
+        for record in read_list(predictions[0], ["prompt"]):
+            history.update(quoted_titles(record["prompt"]))
+    else:
+        notes.append("Genres are not shown: no predictions, whose prompts hold the histories, are where they were.")
+    counts: dict[int, np.ndarray] = {}
     for method in methods:
         users = [user for content in method.per_user for user in content["users"]]
-        if not all(_belongs(user, tested, ids) for user in users):
-            notes.append(f"{method.name} was evaluated on other data than {data_dir}: not in the plots of genres.")
+        if not all(title in ids for user in users for title in user["recommended"]):
+            notes.append(f"{method.name} recommends titles that are not in {data_dir}: not in these plots.")
+            continue
+        if predictions and any(_other_records(predictions[1], content) for content in method.per_user):
+            notes.append(f"{method.name} was evaluated on other test records than the rest: not in these plots.")
             continue
         recommended = [ids[title] for user in users if user["target"] in ids for title in user["recommended"][:k]]
         if recommended:
             counts[method.number] = recommendation_counts(np.array(recommended), len(ids))
-        if recommended and not history:
-            history.update(title for user in users for title in tested[user["record"]].history)
     if not counts:
         return None, notes
     return Recommendations(
@@ -241,13 +262,12 @@ def read_recommendations(methods: Sequence[Method], data_dir: Path, k: int) -> t
     ), notes
 
 
-def _belongs(user: dict[str, Any], tested: Sequence[Record], ids: dict[str, int]) -> bool:
-    """Says whether a record of a file per user is one of these test records, with recommendations we know."""
-    return (
-        0 <= user["record"] < len(tested)
-        and tested[user["record"]].target == user["target"]
-        and all(title in ids for title in user["recommended"])
-    )
+def _other_records(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    try:
+        check_same_records(one, other)
+    except InputError:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +346,10 @@ def find_candidate_runs(folder: Path) -> dict[Path, dict[str, Any]]:
     """Returns the finished runs that made candidates, by their `run.json`, anywhere below a folder."""
     found = {}
     for path in sorted(folder.rglob("run.json")):
-        run = _earlier_runs(path.parent).get(CANDIDATES_SCRIPT)
+        try:
+            run = recorded_runs(path.parent).get(CANDIDATES_SCRIPT)
+        except InputError:  # of another program
+            continue
         if run is not None and run["state"] == "done" and not run["arguments"].get("candidates"):
             found[path] = run
     return found
@@ -400,9 +423,10 @@ def read_material(results_csv: Path, table: ResultsTable, dataset: str, referenc
     data_dirs = list(dict.fromkeys(Path(content["data_dir"]) for method in methods for content in method.per_user))
     data_dir = next((path for path in data_dirs if all(file.is_file() for file in data_files(path))), None)
     if data_dir:
-        recommendations, more_notes = read_recommendations(methods, data_dir, k)
+        predictions = find_predictions(methods)
+        recommendations, more_notes = read_recommendations(methods, data_dir, predictions, k)
         notes += more_notes
-        inputs += data_files(data_dir)
+        inputs += [*data_files(data_dir), *([predictions[0]] if predictions else [])]
     elif data_dirs:
         notes.append(f"Genres and exposure are not shown: the data folder {data_dirs[0]} is not there.")
 

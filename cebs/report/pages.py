@@ -75,9 +75,8 @@ def escape_markdown(text: str) -> str:
     """Returns text that Markdown shows as it stands, in a table, a list or a paragraph."""
     text = re.sub(r"([\\`*_{}\[\]|~$#])", r"\\\1", plain(text))
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(
-        r"^(?:(\d+)(?=[.)](?: |$))|(?=[-+=]))", r"\1\\", text
-    )  # would begin a list or heading, or underline one
+    opens_block = r"^(?:(\d+)(?=[.)](?: |$))|(?=[-+=]))"  # a list, or a line that makes a heading of the one before it
+    return re.sub(opens_block, r"\1\\", text)
 
 
 def _environment(escape: Callable[[str], str] | None, **delimiters: str) -> Environment:

@@ -1,8 +1,8 @@
 """The plots: functions from what `inputs` read to a matplotlib figure, and the file that keeps it.
 
-They are made for paper: 7.2 inches wide, text of 7 points and more, colours of Okabe and Ito (https://jfly.uni-koeln.de/
-color/), which all can tell apart, and never a colour alone. A method is known by its number and name; the numbers are
-those of the tables. All names are plain text: nothing in them is read as a formula.
+They are made for paper: 7.2 inches wide, text of 7 points or more. Colours are those of Okabe and Ito
+(https://jfly.uni-koeln.de/color/), which the colour-blind can tell apart, and never stand alone. A method is known by
+its number and name; the numbers are those of the tables. Names are plain text: nothing in them is read as a formula.
 """
 
 import io
@@ -159,9 +159,10 @@ def _root_ticks(top: float) -> list[float]:
 
 
 def _interval(method: Method, column: str) -> list[float]:
-    """Returns the ends of a figure's interval; without one, the figure twice, a line of no length."""
+    """Returns the ends of a figure's interval, or of one standard deviation over seeds, or the figure twice."""
     estimate = method.estimates[column]
-    return list(estimate.interval or [estimate.value] * 2)
+    spread = estimate.std or 0.0
+    return list(estimate.interval or (estimate.value - spread, estimate.value + spread))
 
 
 def _marker(method: Method, reference: str) -> dict[str, Any]:
@@ -259,7 +260,8 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 def plot_genre_shares(methods: Sequence[Method], recommendations: Recommendations) -> Figure:
     """Genre shares of the histories, and by how much those of each method's recommendations differ from them."""
-    shown = [method for method in methods if method.number in recommendations.shares]
+    shares = {number: share for number, share in recommendations.shares.items() if np.isfinite(share).all()}
+    shown = [method for method in methods if method.number in shares]
     order = np.argsort(-recommendations.history, kind="stable")
     first, rest = order[:MOST_GENRES], order[MOST_GENRES:]
 
@@ -268,7 +270,7 @@ def plot_genre_shares(methods: Sequence[Method], recommendations: Recommendation
 
     names = [recommendations.genres[place] for place in first] + ([f"{len(rest)} other genres"] if len(rest) else [])
     history = columns(recommendations.history)  # [G']
-    difference = 100 * np.array([columns(recommendations.shares[m.number]) - history for m in shown])  # [methods, G']
+    difference = 100 * np.array([columns(shares[m.number]) - history for m in shown])  # [methods, G']
     limit = max(5.0, float(np.abs(difference).max()))
 
     figure = Figure(figsize=(WIDTH, 2.7 + 0.2 * len(shown)), layout="constrained")
@@ -282,11 +284,11 @@ def plot_genre_shares(methods: Sequence[Method], recommendations: Recommendation
     bars.margins(y=0.2)
     bars.tick_params(axis="x", which="both", length=0, labelbottom=False)
 
-    image = heat.imshow(difference, cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
+    heat.imshow(difference, cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
     for (row, column), value in np.ndenumerate(difference):
         strong = abs(value) > 0.6 * limit
         points = f"{value:+.0f}".replace("-", "−") if round(value) else "0"
-        heat.text(column, row, points, ha="center", va="center", color="white" if strong else BLACK, fontsize=6.5)
+        heat.text(column, row, points, ha="center", va="center", color="white" if strong else BLACK, fontsize=7)
     heat.set_yticks(range(len(shown)), [label(method) for method in shown])
     heat.set_xticks(range(len(names)), [shorten(name, 30) for name in names], rotation=40, ha="right")
     heat.set_xticks(np.arange(len(names) + 1) - 0.5, minor=True)
@@ -294,9 +296,7 @@ def plot_genre_shares(methods: Sequence[Method], recommendations: Recommendation
     heat.grid(which="minor", color="white", linewidth=1)
     heat.tick_params(which="both", length=0)
     heat.spines[:].set_visible(False)
-    colours = figure.colorbar(image, ax=heat, orientation="vertical", fraction=0.03, pad=0.01, aspect=30)
-    colours.set_label("recommendations minus histories, percentage points")
-    colours.outline.set_visible(False)
+    heat.set_title("recommendations minus histories, percentage points", loc="left")
     return figure
 
 
@@ -437,7 +437,7 @@ def plot_candidates(runs: Sequence[CandidateRun]) -> Figure:
         axes.text(1.31, place, f"{run.without_match} of {run.records:,}", va="center", ha="right", fontsize=7)
     axes.text(1.08, -0.6, "candidates\na record", va="bottom", ha="right", fontsize=7)
     axes.text(1.31, -0.6, "records without\na match", va="bottom", ha="right", fontsize=7)
-    axes.set_yticks(range(len(runs)), [f"{_end_of(run.name)}, {run.split}" for run in runs])
+    axes.set_yticks(range(len(runs)), [f"{_ends_of(run.name)}, {run.split}" for run in runs])
     axes.set(xlim=(0, 1.31), ylim=(len(runs) - 0.5, -0.5), xlabel="share of the records", xticks=np.linspace(0, 1, 6))
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.xaxis.set_label_coords(0.5 / 1.31, -0.32 / (0.27 * len(runs)))
@@ -449,9 +449,10 @@ def plot_candidates(runs: Sequence[CandidateRun]) -> Figure:
     return figure
 
 
-def _end_of(path: str) -> str:
+def _ends_of(path: str) -> str:
+    """Returns a path that is too long by its beginning and its end."""
     path = plain(path)
-    return path if len(path) <= LONGEST_NAME else f"…{path[1 - LONGEST_NAME :]}"
+    return path if len(path) <= LONGEST_NAME else f"{path[:10]}…{path[11 - LONGEST_NAME :]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

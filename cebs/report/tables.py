@@ -314,7 +314,7 @@ def published_table(path: str | Path) -> Table:
     ]
     rows = [[Cell(value.strip()) if value.strip() else NOTHING for value in row] for row in frame.to_numpy()]
     notes = [
-        f"As published, from {Path(path).name}; not measured here. They are set beside the figures above and cannot be "
-        "compared with them: model, encoder and test set may be others, and there are no intervals."
+        "As published, not measured here. These are to be set beside the figures above and cannot be compared with "
+        "them: model, encoder and test set may be others, and there are no intervals."
     ]
-    return Table("published", "Published figures", columns, rows, notes)
+    return Table("published", f"From {Path(path).name}", columns, rows, notes)
