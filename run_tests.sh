@@ -10,4 +10,6 @@ cd "$(dirname "$0")"
 source ./set_up.sh
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+# A worker for each core, at most four, a file of tests at a time; the tiny models need no threads of their own.
+export OMP_NUM_THREADS=1
+exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"

@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> int:
     missing: dict[str, str] = {}
     with the_only_one(output):
         for plan in plans:
-            missing |= run_stages(list(plan.stages.values()), plan.settings.output, args.jobs)
+            lost = run_stages(list(plan.stages.values()), plan.settings.output, args.jobs)
+            missing |= {f"{plan.settings.output}: {name}": reason for name, reason in lost.items()}
             order_rows(plan.settings.results_csv, rows)
         write_text(output / "commands.sh", "\n".join(map(command_line, stages)) + "\n")
 

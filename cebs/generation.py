@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cebs.branches import beam_search, greedy, sample_until
+from cebs.interrupts import deferred_interrupts
 from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote
 from cebs.trie import TokenTrie, build_trie
 from utils import ModelArguments, check_counts, load_for_inference, load_tokenizer
@@ -124,11 +125,15 @@ def run_in_batches(
     """Calls `work(batch, start)` for each batch that the journal does not hold; returns the results of all items."""
     if journal.batches:
         print(f"{description}: {len(journal.batches)} batches are done already")
-    with tqdm(total=len(items), desc=description, unit="record", mininterval=1) as progress:
+    with (
+        deferred_interrupts() as interrupts,
+        tqdm(total=len(items), desc=description, unit="record", mininterval=1) as progress,
+    ):
         progress.update(sum(map(len, journal.batches)))
         for start in range(len(journal.batches) * batch_size, len(items), batch_size):
             journal.append(work(items[start : start + batch_size], start))
             progress.update(len(journal.batches[-1]))
+            interrupts.leave_if_any()
     return [result for batch in journal.batches for result in batch]
 
 

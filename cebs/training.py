@@ -26,6 +26,7 @@ from trl import ModelConfig, SFTTrainer, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cebs.guards import RECORD, FiniteLossMixin
+from cebs.interrupts import train_until_interrupted
 from cebs.prompts import encode_completion, shorten_prompt, title_tokens
 from utils import (
     InputError,
@@ -276,7 +277,7 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
     (checkpoint,) = broadcast_object_list([get_last_checkpoint(run.path)])  # one process's word, should they differ
     if checkpoint:
         print(f"going on from {checkpoint}")
-    result = trainer.train(resume_from_checkpoint=checkpoint)
+    result = train_until_interrupted(trainer, checkpoint)
     if is_main_process():
         write_json(run.path / "training_log.json", trainer.state.log_history)
         save_adapter(

@@ -353,7 +353,7 @@ def real_slurm():
     subprocess.run(["bash", str(LOCAL_SLURM), "stop"], capture_output=True)
 
 
-def wait_until(what, timeout=120):
+def wait_until(what, timeout=300):
     end = time.monotonic() + timeout
     while not (result := what()):
         assert time.monotonic() < end, "timeout"
