@@ -239,35 +239,35 @@ class Plan:
         trainings = spec.get("negatives", [])
         trainings = [trainings] if isinstance(trainings, str) else trainings
         for number, negatives in enumerate(trainings, 1):
-            last = number == len(trainings)
+            round_number = number if number < len(trainings) else None
             data = self.preferences(negatives, spec.get("candidates", "sampled"), model)
-            model = [self.aligned(f"{slug(row)}/train", "" if last else f"_{number}", model, data, folder)]
+            model = [self.aligned(slug(row), round_number, model, data, folder)]
         return model
 
     def iterated(self, row: str, negatives: str, model: list[Stage], folder: Path) -> list[Stage]:
         """Rounds of self-play, SFT and DPO, each on the model of the round before (SPRec, arXiv:2412.09243)."""
         for number in range(1, self.settings.iterations + 1):
-            last = "" if number == self.settings.iterations else f"_{number}"
-            data = self.preferences(negatives, "", model, folder / f"negatives_{number}")
+            place = folder / f"round_{number}"
+            data = self.preferences(negatives, "", model, place / "negatives")
             sft = self.add(
                 f"{slug(row)}/sft_{number}",
                 "sft_smol.py --num_train_epochs 1",
-                self.common()
-                | {"adapter": adapter(model), "output_dir": folder / f"sft_{number}"}
-                | self.preference_samples(),
+                self.common() | {"adapter": adapter(model), "output_dir": place / "sft"} | self.preference_samples(),
                 after=model,
-                result=folder / f"sft_{number}/final_model",
+                result=place / "sft/final_model",
                 records=self.settings.sizes["preferences"] // 2,  # one epoch of two
             )
-            model = [self.aligned(f"{slug(row)}/train", last, [sft], data, folder)]
+            round_number = number if number < self.settings.iterations else None
+            model = [self.aligned(slug(row), round_number, [sft], data, folder)]
         return model
 
-    def aligned(self, name: str, suffix: str, model: list[Stage], data: Stage, folder: Path) -> Stage:
-        """DPO or S-DPO on a model; all but a row's last training go to a folder beside it."""
-        folder = folder / f"dpo{suffix}" if suffix else folder
+    def aligned(self, row: str, round_number: int | None, model: list[Stage], data: Stage, folder: Path) -> Stage:
+        """DPO or S-DPO on a model; all but a row's last training have a number, and a folder of their round."""
+        name = f"{row}/train" if round_number is None else f"{row}/train_{round_number}"
+        folder = folder if round_number is None else folder / f"round_{round_number}/dpo"
         train_file = data.result
         return self.add(
-            name + suffix,
+            name,
             "DPO_from_dpoData.py",
             {
                 "train_data": train_file,

@@ -99,6 +99,15 @@ def test_iterated_self_play_predicts_tunes_and_aligns_in_each_round(description,
         assert str(before.result) in after.command, "a round begins with the model of the round before"
 
 
+def test_no_training_reads_from_inside_the_folder_that_it_writes(description):
+    """A folder at work counts as unfinished, and so does what lies right below it (`utils.require_done`)."""
+    for stage in make_plan(description, *description["rows"]).stages.values():
+        flags = dict(zip(stage.command, stage.command[1:], strict=False))
+        for flag in ("--adapter", "--train_data"):
+            if stage.command[0] == "DPO_from_dpoData.py" and flags[flag]:
+                assert Path(flags["--output_dir"]) not in Path(flags[flag]).parents[:2], stage.name
+
+
 def test_movielens_is_made_where_no_data_folder_is_given(description):
     assert "data" in make_plan(description, "Origin", data_dir="").stages
     assert "data" not in make_plan(description, "Origin").stages
