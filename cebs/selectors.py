@@ -11,6 +11,20 @@ SIMILARITY_ORDERS = ("nearest_target", "farthest_target", "nearest_history", "fa
 ORDERS = ("first", "random", "low_exposure", "high_exposure", "likely", *SIMILARITY_ORDERS)
 
 
+def _check(written: str, pool: str, order: str, count: int) -> None:
+    for kind, value, known in (("pool", pool, POOLS), ("order", order, ORDERS)):
+        if value not in known:
+            raise InputError(f"{written}: there is no {kind} {value!r}{_known(value, known, f'{kind}s')}")
+    if count < 1:
+        raise InputError(f"{written}: the count must be 1 or more")
+
+
+def _known(value: str, known: Iterable[str], kind: str) -> str:
+    """Returns the end of a complaint: what comes closest, and all that exists."""
+    near = difflib.get_close_matches(value, known, n=1)
+    return (f"; did you mean {near[0]}? " if near else "; ") + f"{kind}: {', '.join(known)}"
+
+
 @dataclass(frozen=True)
 class Selector:
     """
@@ -46,11 +60,7 @@ class Selector:
     count: int = 1
 
     def __post_init__(self):
-        for kind, value, known in (("pool", self.pool, POOLS), ("order", self.order, ORDERS)):
-            if value not in known:
-                raise InputError(f"{self}: there is no {kind} {value!r}{_known(value, known, f'{kind}s')}")
-        if self.count < 1:
-            raise InputError(f"{self}: the count must be 1 or more")
+        _check(str(self), self.pool, self.order, self.count)
 
     @classmethod
     def parse(cls, expression: str) -> "Selector":
@@ -68,6 +78,7 @@ class Selector:
         pool, order, count = parts if len(parts) == 3 else (*parts, "1")
         if not (count.isascii() and count.isdigit()):
             raise InputError(f"{expression}: the count must be a whole number of 1 or more, not {count!r}")
+        _check(expression, pool, order, int(count))
         return cls(pool, order, int(count))
 
     def __str__(self) -> str:
@@ -123,9 +134,3 @@ def find_preset(name: str) -> tuple[Selector, ...]:
     if name not in PRESETS:
         raise InputError(f"{name}: is no preset, nor a selector pool:order[:count]{_known(name, PRESETS, 'presets')}")
     return PRESETS[name]
-
-
-def _known(value: str, known: Iterable[str], kind: str) -> str:
-    """Returns the end of a complaint: what comes closest, and all that exists."""
-    near = difflib.get_close_matches(value, known, n=1)
-    return (f"; did you mean {near[0]}? " if near else "; ") + f"{kind}: {', '.join(known)}"

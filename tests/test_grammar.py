@@ -9,7 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import edit_json, listing, run_main
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cebs.catalogue import Catalogue, interest_cluster, load_catalogue
@@ -105,6 +105,7 @@ def test_complaints_name_the_selector_and_what_exists(text, complaints):
     assert all(complaint in str(error.value) for complaint in complaints)
 
 
+@example("::1")
 @given(
     st.lists(st.sampled_from(["in", "out", "first", ":", "1", "0", "random", "x", " ", "²"]), max_size=6).map("".join)
 )
