@@ -19,7 +19,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
 from cebs.metrics import MOST_EXPOSED
@@ -148,7 +148,9 @@ def _scale_diversity(axes: Axes, methods: Sequence[Method], column: str) -> None
     values = [method.value(column) for method in methods]
     if min(values) > 0 and max(values) > 10 * min(values):
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())  # its labels are mathematics, which names must not be
 
 
 def _root_ticks(top: float) -> list[float]:
