@@ -149,13 +149,20 @@ def _flag_and_value(arg: str) -> list[str]:
 
 def run_script(main: Callable[..., None], parser: ScriptParser) -> None:
     """Runs a script: parses its command line, calls `main`, and turns bad input into one line and exit code 2."""
-    try:
+    with errors_in_one_line(Path(sys.argv[0]).name):
         main(*parser.parse_args_and_config())
+
+
+@contextlib.contextmanager
+def errors_in_one_line(program: str) -> Iterator[None]:
+    """Ends the process with one line on stderr: exit code 2 after bad input, 130 after an interruption."""
+    try:
+        yield
     except InputError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"{program}: interrupted; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
 
 

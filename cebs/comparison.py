@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 
 from cebs.plan import SIZE_NAMES, Plan, Settings, Stage, read_description, slug
 from cebs.results import aggregate_seeds, print_results, read_results
-from utils import DEFAULT_MODEL, PROJECT, InputError, write_text
+from utils import DEFAULT_MODEL, PROJECT, InputError, errors_in_one_line, write_text
 
 
 def main(args: argparse.Namespace) -> int:
@@ -313,14 +313,8 @@ def run_command(
     args.output_dir = args.output_dir and os.path.relpath(args.output_dir, PROJECT)
     os.chdir(PROJECT)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with errors_in_one_line(parser.prog):
         sys.exit(main(args))
-    except InputError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

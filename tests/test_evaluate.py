@@ -30,33 +30,6 @@ CATALOGUE = {
 TITLES = list(CATALOGUE)
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    """A tiny sentence encoder with random weights that reads letters."""
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoders")
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        max_position_embeddings=64,
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    BertTokenizerFast(vocab={word: place for place, word in enumerate(vocabulary)}).save_pretrained(folder / "bert")
-    modules = [Transformer(str(folder / "bert")), Pooling(16)]
-    SentenceTransformer(modules=modules, device="cpu").save(str(folder / "tiny-encoder"))
-    return folder / "tiny-encoder"
-
-
 @pytest.fixture
 def data_dir(tmp_path):
     folder = tmp_path / "Books"
