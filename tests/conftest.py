@@ -1,7 +1,7 @@
 """Shared fixtures: a tiny random model, a small data folder, and the scripts as a user starts them.
 
-A script is run in two ways: `run_script` starts the real command line in a process of its own, which costs some eight
-seconds of imports; `run_main` parses the same words and calls the script's `main` in this process.
+A script is run in two ways: `run_script` starts the real command line in a process of its own (see `fork_server`);
+`run_main` parses the same words and calls the script's `main` in this process.
 """
 
 import dataclasses
@@ -10,8 +10,6 @@ import importlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
+
+from fork_server import ForkedScript  # noqa: E402
 
 from utils import PROJECT, read_json, write_json  # noqa: E402
 
@@ -154,16 +154,10 @@ class Result:
     stderr: str
 
 
-def start_script(name: str, *args: Any, cwd: Path) -> subprocess.Popen:
+def start_script(name: str, *args: Any, cwd: Path, **environment: str) -> ForkedScript:
     """Starts a script's real command line, `python /.../name args`, offline and on one thread."""
-    return subprocess.Popen(
-        [sys.executable, str(PROJECT / name), *map(str, args)],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    return ForkedScript(PROJECT / name, list(map(str, args)), cwd=cwd, env=env)
 
 
 @pytest.fixture
