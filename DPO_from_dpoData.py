@@ -42,7 +42,9 @@ from dataclasses import asdict, dataclass, field
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
+from cebs.memory import train_within_memory
 from cebs.preferences import read_preferences
+from cebs.prompts import say_shortened
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, check_rejected
 from cebs.sources import find_model
 from cebs.training import (
@@ -61,6 +63,7 @@ from utils import (
     require_done,
     run_folder,
     run_script,
+    token_limit,
 )
 
 
@@ -116,22 +119,28 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
             return
 
         # -- Training -------------------------------------------------------------------------------------------------
-        trainer = SoftmaxDPOTrainer(
-            model=load_trainable(model_dir, model_args, script_args.adapter),
-            args=training_args,
-            train_dataset=Dataset.from_list(train_records),
-            eval_dataset=Dataset.from_list(valid_records),
-            processing_class=load_tokenizer(model_dir),
-            peft_config=None if script_args.adapter else get_peft_config(model_args),
-            callbacks=stopping_callbacks(script_args.loss_threshold, script_args.early_stopping_patience),
-        )
+        training_args.max_length = token_limit(model_dir, training_args.max_length)
         run.counts.update(
             train_records=len(train_records),
             valid_records=len(valid_records),
             rejected_titles=sum(len(record["rejected"]) for record in train_records),
-            shortened_prompts=trainer.shortened_prompts,
         )
-        train_and_save(trainer, run, model_dir)
+
+        def train(args: SoftmaxDPOConfig) -> None:
+            trainer = SoftmaxDPOTrainer(
+                model=load_trainable(model_dir, model_args, script_args.adapter),
+                args=args,
+                train_dataset=Dataset.from_list(train_records),
+                eval_dataset=Dataset.from_list(valid_records),
+                processing_class=load_tokenizer(model_dir),
+                peft_config=None if script_args.adapter else get_peft_config(model_args),
+                callbacks=stopping_callbacks(script_args.loss_threshold, script_args.early_stopping_patience),
+            )
+            run.counts["shortened_prompts"] = trainer.shortened_prompts
+            say_shortened(trainer.shortened_prompts, args.max_length)
+            train_and_save(trainer, run, model_dir)
+
+        train_within_memory(train, training_args, run)
 
 
 def make_parser() -> ScriptParser:

@@ -11,6 +11,17 @@ python dataset_generate.py --method random --output_dir output/random
 python dataset_generate.py --method self_play --adapter output/sft/final_model --output_dir output/self_play
 ```
 
+# In parts, as jobs of an array or on several machines; when all are done, the same command without --shard puts them
+# together
+```bash
+python dataset_generate.py --method self_play --shard 1/4
+```
+
+# On several GPUs, or processes
+```bash
+torchrun --nproc_per_node 4 dataset_generate.py --method self_play
+```
+
 Interrupted and started again with the same flags, it goes on after the last finished batch.
 """
 
@@ -23,7 +34,7 @@ from cebs.negatives import NegativeSampler
 from cebs.preferences import SPLITS, PreferenceArguments, preference_record
 from cebs.prompts import predicted_title
 from cebs.sources import find_model
-from utils import ScriptParser, base_fingerprint, check_adapter, run_folder, run_script, write_json
+from utils import InputError, ScriptParser, base_fingerprint, check_adapter, run_folder, run_script, write_json
 
 
 @dataclass(kw_only=True)
@@ -51,6 +62,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     )
     targets = sorted({record.target for record in all_train})
     model_dir, adapter = None, ""
+    if script_args.method == "random" and model_args.shard:
+        raise InputError("--shard: --method random decodes nothing; leave it out")
     if script_args.method == "self_play":
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
@@ -63,43 +76,47 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         inputs=script_args.data_files,
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
+        shard=model_args.shard,
         outputs=[f"data/dpo_{split}.json" for split in SPLITS],
         scratch=["data/*.partial.jsonl"],
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:
             return
-        data = run.path / "data"
 
         # -- Negatives ------------------------------------------------------------------------------------------------
-        journals = []
-        if script_args.method == "random":
-            negatives = {
-                split: [sampler.random(targets, record, split, index) for index, record in enumerate(records[split])]
-                for split in SPLITS
-            }
-        else:
-            decoder = load_decoder(model_dir, model_args)
+        journals, answers = [], {}
+        if script_args.method == "self_play":
+            decoder = load_decoder(model_dir, model_args, run)
 
             def predict(batch: Sequence[list[int]], start: int) -> list[str]:
                 return [predicted_title(answer) for answer in decoder.greedy(batch)]
 
-            negatives = {}
             for split in SPLITS:
-                journals.append(Journal(data / f"self_play_{split}.partial.jsonl", run.resumed))
+                journals.append(Journal(run, f"data/self_play_{split}"))
                 prompts = decoder.encode([record.prompt for record in records[split]])
-                own = run_in_batches(prompts, model_args.batch_size, predict, journals[-1], f"self-play, {split}")
+                answers[split] = run_in_batches(
+                    prompts, model_args.batch_size, predict, journals[-1], f"self-play, {split}"
+                )
+            run.counts.update(decoder.report())
+        if not run.writes_outputs:
+            return
+
+        negatives = {}
+        for split in SPLITS:
+            if script_args.method == "random":
+                fits = [False] * len(records[split])
+            else:
                 # a prediction that is right, or a title of the history, is no negative: a random title stands in
                 fits = [
                     bool(sampler.eligible(sampler.describe([(title, None)], record), record))
-                    for title, record in zip(own, records[split], strict=True)
-                ]
-                negatives[split] = [
-                    title if fit else sampler.random(targets, record, split, index)
-                    for index, (title, fit, record) in enumerate(zip(own, fits, records[split], strict=True))
+                    for title, record in zip(answers[split], records[split], strict=True)
                 ]
                 run.counts[f"{split}_random_instead"] = fits.count(False)
-            run.counts["shortened_prompts"] = decoder.shortened_prompts
+            negatives[split] = [
+                answers[split][index] if fit else sampler.random(targets, record, split, index)
+                for index, (fit, record) in enumerate(zip(fits, records[split], strict=True))
+            ]
 
         # -- Output ---------------------------------------------------------------------------------------------------
         for split in SPLITS:
@@ -107,7 +124,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 preference_record(record, [negative])
                 for record, negative in zip(records[split], negatives[split], strict=True)
             ]
-            write_json(data / f"dpo_{split}.json", rows)
+            write_json(run.path / "data" / f"dpo_{split}.json", rows)
             run.counts[f"{split}_records"] = len(rows)
             run.counts[f"{split}_not_in_catalogue"] = sum(
                 negative not in sampler.catalogue for negative in negatives[split]

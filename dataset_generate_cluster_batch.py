@@ -41,6 +41,17 @@ python dataset_generate_cluster_batch.py --candidates output/cluster_exposure/da
     --unknown_titles drop --fallback skip --output_dir output/chosen_again
 ```
 
+# In parts, as jobs of an array or on several machines; when all are done, the same command without --shard puts them
+# together
+```bash
+python dataset_generate_cluster_batch.py --shard 1/4
+```
+
+# On several GPUs, or processes
+```bash
+torchrun --nproc_per_node 4 dataset_generate_cluster_batch.py
+```
+
 Interrupted and started again with the same flags, it goes on after the last finished batch, to the same bytes.
 """
 
@@ -156,6 +167,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     data_sums = {split: sha256(file) for split, file in script_args.record_files.items()}
     inputs = script_args.data_files
     if script_args.candidates:
+        if model_args.shard:
+            raise InputError("--shard: --candidates decodes nothing; leave one of them out")
         model_dir, adapter = None, ""
         proposals = read_candidates(Path(script_args.candidates), records, data_sums, selectors)
         inputs.append(Path(script_args.candidates))
@@ -178,6 +191,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         inputs=inputs,
         base_model=model_dir and base_fingerprint(model_dir),
         adapter=adapter,
+        shard=model_args.shard,
         outputs=[
             "data/candidates.json",
             *(f"data/{name}_{split}.json" for name in ("balanced", "negatives", *PRESETS) for split in SPLITS),
@@ -190,16 +204,18 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         data = run.path / "data"
 
         # -- Candidates -----------------------------------------------------------------------------------------------
-        journals = {split: Journal(data / f"candidates_{split}.partial.jsonl", run.resumed) for split in SPLITS}
+        journals = {split: Journal(run, f"data/candidates_{split}") for split in SPLITS}
         if not script_args.candidates:
-            decoder = load_decoder(model_dir, model_args)
+            decoder = load_decoder(model_dir, model_args, run)
             proposals = {
                 split: propose_titles(
                     decoder, sampler, records[split], split, journals[split], script_args, model_args.batch_size
                 )
                 for split in SPLITS
             }
-            run.counts["shortened_prompts"] = decoder.shortened_prompts
+            run.counts.update(decoder.report())
+        if not run.writes_outputs:
+            return
 
         candidates = {
             split: [
@@ -364,7 +380,7 @@ def read_candidates(
                         f"{path}: {split}, record {index}: {title!r} has no log_prob, which {by_likelihood} needs; "
                         "generate the candidates again"
                     )
-                if log_prob is not None and not (isinstance(log_prob, float | int) and math.isfinite(log_prob)):
+                if log_prob is not None and not (type(log_prob) in (int, float) and math.isfinite(log_prob)):
                     raise InputError(f"{path}: {split}, record {index}: log_prob of {title!r} is not a number")
         if not same_data or len(proposals[split]) < len(records[split]):
             raise InputError(f"{path}: was made from another {split}_sample.json; give the data folder it belongs to")

@@ -79,7 +79,9 @@ PREDICTING = ("generate_predict_batch.py", "predict_baselines.py")
 # why a figure is empty
 NO_LIST = "no record whose target is in the catalogue has a recommendation"
 NO_GENRE = "no title of the histories, or none of the recommendations, has a genre that counts"
+NO_TARGET = "no target is in the catalogue"
 REASONS = {
+    **dict.fromkeys(("NDCG", "HR", "Diversity"), NO_TARGET),
     "DivRatio": NO_LIST,
     "ORRatio": NO_LIST,
     "Gini": NO_LIST,
@@ -88,7 +90,9 @@ REASONS = {
     "MGU": NO_GENRE,
 }
 REASONS |= {
-    f"{metric}_{group}": f"no target is of the {group}" for metric in ("NDCG", "HR") for group in EXPOSURE_GROUPS
+    f"{metric}_{group}": f"no target in the catalogue is of the {group}"
+    for metric in ("NDCG", "HR")
+    for group in EXPOSURE_GROUPS
 }
 
 
@@ -157,6 +161,7 @@ def main(script_args: ScriptArguments) -> None:
     predictions_file = find_predictions(script_args.predictions)
     dataset = script_args.dataset or Path(script_args.data_dir).resolve().name
     method = script_args.method or default_method(predictions_file)
+    own_file = per_user_file(script_args.results_csv, dataset, method)
     records = read_predictions(predictions_file)
     require_done(predictions_file)
     catalogue = load_catalogue(script_args.data_dir)
@@ -208,7 +213,11 @@ def main(script_args: ScriptArguments) -> None:
     if exposed is None:
         notes.append(f"Coverage and accuracy by exposure: the data folder has no {EXPOSURE_FILE}")
     if (targets == NOT_IN_CATALOGUE).all():
-        notes.append(f"no target is in the catalogue; do the predictions belong to {script_args.data_dir}?")
+        notes.append(f"{NO_TARGET}; do the predictions belong to {script_args.data_dir}?")
+
+    hidden = sum(target in left_out for target, left_out in zip(targets.tolist(), excluded, strict=True))
+    if hidden:
+        notes.append(f"{hidden} targets stand in their record's own history, which is left out: they cannot be hit")
 
     # -- Output -------------------------------------------------------------------------------------------------------
     protocol = "ranked" if not grounded else "grounded" if len(grounded) == len(records) else "mixed"
@@ -242,7 +251,7 @@ def main(script_args: ScriptArguments) -> None:
         "data_dir": script_args.data_dir,
         "users": per_user_records(records, titles, target_titles, ranked, evaluation_set, catalogue.titles, topk),
     }
-    for path in filter(None, (per_user_file(script_args.results_csv, dataset, method), script_args.per_user)):
+    for path in filter(None, (own_file, script_args.per_user)):
         write_per_user(path, content)
     notices = update_results(script_args.results_csv, row)
     print_results(script_args.results_csv, dataset, script_args.reference)
@@ -315,19 +324,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
             if not isinstance(record[key], str):
                 raise InputError(f"{path}: record {index}: {key!r} must be text, not {type(record[key]).__name__}")
         record["user"] = read_user(record, f"{path}: record {index}")
-        for key in ("prediction", "ground_truth", "user"):
-            if not is_unicode(record[key]):
-                raise InputError(f"{path}: record {index}: {key!r} holds half a character (a lone surrogate)")
     return records
-
-
-def is_unicode(text: str) -> bool:
-    """Says whether the text can be written in UTF-8; JSON can smuggle in what cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_rankings(
@@ -447,18 +444,9 @@ def write_metrics(path: str, metrics: dict[str, Any]) -> None:
         `InputError`: if the file cannot be written.
     """
     try:
-        write_json(path, without_nan(metrics))
+        write_json(path, metrics)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}; give another --metrics_json") from error
-
-
-def without_nan(value: Any) -> Any:
-    """Returns nested dictionaries and sequences with `None` for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: without_nan(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def make_parser() -> ScriptParser:

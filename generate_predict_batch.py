@@ -23,6 +23,17 @@ python generate_predict_batch.py --decoding constrained_beam --calibration 0.4 -
     --output_dir output/calibrated_beams
 ```
 
+# In parts, as jobs of an array or on several machines; when all are done, the same command without --shard puts them
+# together
+```bash
+python generate_predict_batch.py --shard 1/4
+```
+
+# On several GPUs, or processes
+```bash
+torchrun --nproc_per_node 4 generate_predict_batch.py
+```
+
 Interrupted and started again with the same flags, it goes on after the last finished batch.
 """
 
@@ -30,6 +41,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from accelerate import PartialState
 
 from cebs.branches import beam_search
 from cebs.calibration import PRIORS_CACHE, kept_edge_priors
@@ -124,6 +137,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         inputs=inputs,
         base_model=base_fingerprint(model_dir),
         adapter=model_args.adapter,
+        shard=model_args.shard,
         outputs=["predictions/raw_results_*.json"],
         scratch=["predictions/*.partial.jsonl"],
         overwrite=script_args.overwrite,
@@ -132,8 +146,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             return
 
         # -- Predictions ----------------------------------------------------------------------------------------------
-        decoder = load_decoder(model_dir, model_args)
-
+        decoder = load_decoder(model_dir, model_args, run)
         prompts = decoder.encode([record.prompt for record in records])
 
         if script_args.decoding == "greedy":
@@ -144,15 +157,16 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         else:
             trie, title_of = decoder.catalogue_trie(titles)
             edge_bias = None
-            if script_args.calibration:
-                priors = kept_edge_priors(
-                    decoder.model,
-                    decoder.encode([build_prompt(records[0].instruction, input="")])[0],
-                    trie,
-                    model_dir=model_dir,
-                    adapter=model_args.adapter,
-                    cache_dir=Path(script_args.cache_dir) if script_args.cache_dir else PRIORS_CACHE,
-                )
+            if script_args.calibration and not run.shards:
+                with PartialState().main_process_first():  # the others read what it keeps
+                    priors = kept_edge_priors(
+                        decoder.model,
+                        decoder.encode([build_prompt(records[0].instruction, input="")])[0],
+                        trie,
+                        model_dir=model_dir,
+                        adapter=model_args.adapter,
+                        cache_dir=Path(script_args.cache_dir) if script_args.cache_dir else PRIORS_CACHE,
+                    )
                 edge_bias = -script_args.calibration * priors
 
             def left_out(record: Record) -> set[str]:
@@ -162,13 +176,15 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             num_beams = script_args.num_beams + max(len(left_out(record)) for record in records)
 
             def predict(batch: Sequence[tuple[Record, list[int]]], start: int) -> list[dict[str, Any]]:
-                found = beam_search(
-                    decoder.model,
-                    [prompt for _, prompt in batch],
-                    trie,
-                    num_beams=num_beams,
-                    edge_bias=edge_bias,
-                    rows=decoder.rows,
+                found = decoder.within_memory(
+                    lambda rows: beam_search(
+                        decoder.model,
+                        [prompt for _, prompt in batch],
+                        trie,
+                        num_beams=num_beams,
+                        edge_bias=edge_bias,
+                        rows=rows,
+                    )
                 )
                 results = []
                 for (record, _), (branches, _) in zip(batch, found, strict=True):
@@ -177,14 +193,15 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                     results.append(prediction_record(record, quote(ranking[0]), ranking[: script_args.num_beams]))
                 return results
 
-        predictions = run.path / "predictions"
-        journal = Journal(predictions / "raw_results.partial.jsonl", run.resumed)
+        journal = Journal(run, "predictions/raw_results")
         results = run_in_batches(
             list(zip(records, prompts, strict=True)), model_args.batch_size, predict, journal, "predictions"
         )
-        write_json(predictions / f"raw_results_{len(results)}.json", results)
+        run.counts.update(records=len(results), **decoder.report())
+        if not run.writes_outputs:
+            return
+        write_json(run.path / "predictions" / f"raw_results_{len(results)}.json", results)
         journal.remove()
-        run.counts.update(records=len(results), shortened_prompts=decoder.shortened_prompts)
 
 
 def make_parser() -> ScriptParser:

@@ -178,6 +178,9 @@ def prepare_sprec(script_args: PrepareArguments) -> Prepared:
     facts = {
         "available": {split: len(available[split]) for split in SPLITS},
         "targets_not_in_catalogue": outside,
+        "targets_in_own_history": {
+            split: sum(record.target in record.history for record in records[split]) for split in SPLITS
+        },
     }
     return Prepared(records, catalogue, inputs, facts)
 
@@ -215,6 +218,8 @@ def check_arguments(script_args: PrepareArguments) -> None:
     for name in ("train_size", "valid_size", "test_size", "history_length"):
         if getattr(script_args, name) < 1:
             raise InputError(f"--{name} {getattr(script_args, name)}: must be at least 1")
+    if script_args.category in ("", ".", "..") or "/" in script_args.category:
+        raise InputError(f"--category {script_args.category!r}: must be the name of one folder, without a slash")
     if script_args.seed < 0:
         raise InputError(f"--seed {script_args.seed}: must not be negative")
     if not (script_args.valid_share > 0 and script_args.test_share > 0):

@@ -31,7 +31,7 @@ from cebs.report.pages import Section, report_html, report_markdown, table_latex
 from cebs.report.plots import render
 from cebs.report.tables import make_tables, published_table
 from cebs.results import ResultsTable, read_results
-from utils import InputError, RunArguments, ScriptParser, run_folder, run_script, write_text
+from utils import InputError, RunArguments, ScriptParser, run_folder, run_script, write_text, written_whole
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,8 @@ def main(script_args: ScriptArguments) -> None:
                 files = render(plot.draw, *plot.arguments)
                 images[plot.name] = files.pop("svg")
                 for suffix, content in files.items():
-                    (run.path / "plots" / f"{slug}-{plot.name}.{suffix}").write_bytes(content)
+                    with written_whole(run.path / "plots" / f"{slug}-{plot.name}.{suffix}") as temporary:
+                        temporary.write_bytes(content)
             sections.append(Section(material.dataset, slug, tables, plots, images, material.notes))
         if published:
             write_text(run.path / "tables" / "published.tex", table_latex(published, "published"))

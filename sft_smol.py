@@ -39,6 +39,8 @@ from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from cebs.memory import train_within_memory
+from cebs.prompts import say_shortened
 from cebs.sources import find_model
 from cebs.training import (
     TRAINING_OUTPUTS,
@@ -59,6 +61,7 @@ from utils import (
     read_records,
     run_folder,
     run_script,
+    token_limit,
 )
 
 
@@ -119,16 +122,17 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
             return
 
         # -- Data and model -------------------------------------------------------------------------------------------
-        tokenizer = load_tokenizer(model_dir)
+        tokenizer, limit = load_tokenizer(model_dir), token_limit(model_dir, training_args.max_length)
         train_dataset, train_shortened = tokenize_records(
             tokenizer,
             [(record.prompt, record.output) for record in train_records],
-            training_args.max_length,
+            limit,
             label_history=script_args.history_loss_weight > 0,
         )
         valid_dataset, valid_shortened = tokenize_records(
-            tokenizer, [(record.prompt, record.output) for record in valid_records], training_args.max_length
+            tokenizer, [(record.prompt, record.output) for record in valid_records], limit
         )
+        say_shortened(train_shortened + valid_shortened, limit)
         run.counts.update(
             train_records=len(train_records),
             valid_records=len(valid_records),
@@ -136,17 +140,20 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         )
 
         # -- Training -------------------------------------------------------------------------------------------------
-        trainer = CompletionTrainer(
-            history_loss_weight=script_args.history_loss_weight,
-            model=load_trainable(model_dir, model_args, script_args.adapter),
-            args=training_args,
-            train_dataset=train_dataset,
-            eval_dataset=valid_dataset,
-            processing_class=tokenizer,
-            peft_config=None if script_args.adapter else get_peft_config(model_args),
-            callbacks=stopping_callbacks(None, script_args.early_stopping_patience),
-        )
-        train_and_save(trainer, run, model_dir)
+        def train(args: SFTArguments) -> None:
+            trainer = CompletionTrainer(
+                history_loss_weight=script_args.history_loss_weight,
+                model=load_trainable(model_dir, model_args, script_args.adapter),
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=valid_dataset,
+                processing_class=tokenizer,
+                peft_config=None if script_args.adapter else get_peft_config(model_args),
+                callbacks=stopping_callbacks(None, script_args.early_stopping_patience),
+            )
+            train_and_save(trainer, run, model_dir)
+
+        train_within_memory(train, training_args, run)
 
 
 def make_parser() -> ScriptParser:

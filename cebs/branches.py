@@ -30,6 +30,7 @@ Sampling and beam search choose a branch's next token among all tokens or, over 
 token trie (`cebs.trie`).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -153,6 +154,18 @@ def _additive(sees: Tensor, dtype: torch.dtype) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 # Decoding: one forward pass over the live branches of all rows
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class NotFiniteError(ArithmeticError):
+    """The logits after a prompt or one of its branches are NaN or infinite: nothing can be chosen by them.
+
+    Args:
+        prompt (`int`): which of the prompts, from 0.
+    """
+
+    def __init__(self, prompt: int):
+        super().__init__(f"prompt {prompt}: the logits are not finite numbers")
+        self.prompt = prompt
 
 
 class Place(NamedTuple):
@@ -403,6 +416,9 @@ def sample_until(
         `tuple[int, list[list[int]], list[float]]`: a prompt's index, all its branches in the order sampled, and the
         log-probability of each under the model (in nats, at temperature 1, over the whole vocabulary), as prompts
         finish.
+
+    Raises:
+        `NotFiniteError`: naming the prompt whose logits are NaN or infinite.
     """
     device, stop = model.device, stop_token_ids.to(model.device)
     trie = trie and trie.to(device)
@@ -423,6 +439,8 @@ def sample_until(
         goes_on = ~ended & (step + 1 < max_new_tokens)
         emitted = torch.stack([row, number, ids, goes_on], 1)
         for (r, n, token, more), log_prob in zip(emitted.tolist(), log_probs.tolist(), strict=True):
+            if not math.isfinite(log_prob):  # a single bad logit makes all log-probs of its branch bad
+                raise NotFiniteError(active[r].index)
             active[r].branches[n].append(token)
             active[r].log_probs[n] += log_prob
             active[r].open[n // num_branches] -= 1 - more
@@ -627,6 +645,9 @@ def beam_search(
     Returns:
         `list[tuple[list[list[int]], list[float]]]`: per prompt, branches, `num_beams` or fewer, best score first, and
         their log-probs under the model, in nats.
+
+    Raises:
+        `NotFiniteError`: naming the prompt whose logits are NaN or infinite.
     """
     if num_beams % num_beam_groups:
         raise ValueError(f"{num_beams} beams cannot be shared out evenly among {num_beam_groups} groups")
@@ -649,9 +670,12 @@ def beam_search(
     with branching(model):
         for start in range(0, len(order), rows):
             chosen = order[start : start + rows]
-            finished = _beams(
-                model, [prompts[i] for i in chosen], trie, ways_on, num_beams, num_beam_groups, diversity_penalty
-            )
+            try:
+                finished = _beams(
+                    model, [prompts[i] for i in chosen], trie, ways_on, num_beams, num_beam_groups, diversity_penalty
+                )
+            except NotFiniteError as error:
+                raise NotFiniteError(chosen[error.prompt]) from error
             for i, scores, log_probs, tokens in zip(chosen, *(x.tolist() for x in finished), strict=True):
                 count = sum(score > float("-inf") for score in scores)
                 found[i] = [[token for token in row if token >= 0] for row in tokens[:count]], log_probs[:count]
@@ -685,6 +709,9 @@ def _beams(
     pool = Finished(nothing, nothing, torch.empty(num_searches, width, 0, dtype=torch.long, device=device))
     while len(search):
         ways = ways_on(logits, choice, written.shape[1])  # [N, M]
+        finite = ways.log_probs.amax(1).isfinite()  # [N]: a single bad logit makes all log-probs of its beam bad
+        if not finite.all():
+            raise NotFiniteError(int(prompt[~finite][0]))
         tokens, (_, most) = _token(trie, ways.choice), ways.choice.shape
         totals = log_probs[:, None] + ways.log_probs
 

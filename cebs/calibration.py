@@ -22,7 +22,7 @@ from cebs.branches import shared_rows, token_log_probs
 from cebs.kept import kept_file, read_kept, write_kept
 from cebs.sources import MODELS
 from cebs.trie import TokenTrie, title_paths
-from utils import ADAPTER_WEIGHTS, base_fingerprint, sha256
+from utils import ADAPTER_WEIGHTS, InputError, base_fingerprint, sha256
 
 PRIORS_CACHE = MODELS / ".priors"
 TITLES_AT_ONCE = 32  # in one row: some 450 tokens, enough to keep the matrix units busy
@@ -38,6 +38,9 @@ def kept_edge_priors(
         model_dir: folder of the base model.
         adapter: folder of the adapter that is merged into `model`, or an empty string.
         cache_dir: where priors are kept, one file for each model, prompt and catalogue.
+
+    Raises:
+        `InputError`: if the model gives NaN or infinity.
     """
     adapter_sums = (
         [sha256(Path(adapter) / name) for name in (ADAPTER_WEIGHTS, "adapter_config.json")] if adapter else []
@@ -47,6 +50,11 @@ def kept_edge_priors(
     priors = read_kept(path)
     if priors is None:
         priors = edge_priors(model, prompt, trie).numpy()
+        if not np.isfinite(priors).all():
+            raise InputError(
+                f"{adapter or model_dir}: gives log-probabilities that are not finite numbers; use --dtype float32, or "
+                "another --adapter"
+            )
         write_kept(path, priors, "the catalogue's log-probabilities without a history")
     return torch.from_numpy(np.array(priors))
 

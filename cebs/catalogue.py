@@ -54,12 +54,16 @@ def load_catalogue(data_dir: str | Path) -> Catalogue:
             raise InputError(f"{data_dir / 'id2name.json'}: id {index}: expected a title, not {title!r}")
         if title not in name2genre:
             raise InputError(f"{data_dir / 'name2genre.json'}: {title!r} (id {index}) has no entry; give it a list")
-        if name2id.get(title) != index:
+        if type(name2id.get(title)) is not int or name2id[title] != index:
             raise InputError(f"{data_dir / 'name2id.json'}: {title!r} should have id {index}, as in id2name.json")
         titles.append(title)
-    if len(name2genre) != len(titles):
-        title = next(title for title in name2genre if title not in name2id)
-        raise InputError(f"{data_dir / 'name2id.json'}: {title!r} of name2genre.json has no id; give it one")
+    for name, mapping in (("name2genre.json", name2genre), ("name2id.json", name2id)):
+        if len(mapping) != len(titles):
+            title = next(iter(mapping.keys() - set(titles)))
+            raise InputError(f"{data_dir / 'id2name.json'}: {title!r} of {name} has no id; give it one")
+    for genre, count in genre_dict.items():
+        if type(count) is not int:
+            raise InputError(f"{data_dir / 'genre_dict.json'}: {genre!r}: expected the number 0, not {count!r}")
     return Catalogue(titles, name2genre, list(genre_dict))
 
 

@@ -39,7 +39,7 @@ from filelock import FileLock, Timeout
 
 from cebs.plan import SIZE_NAMES, Plan, Settings, Stage, read_description, slug
 from cebs.results import aggregate_seeds, print_results, read_results
-from utils import DEFAULT_MODEL, PROJECT, InputError, errors_in_one_line, write_text
+from utils import DEFAULT_MODEL, PROJECT, InputError, OneLineParser, errors_in_one_line, write_text
 
 
 def main(args: argparse.Namespace) -> int:
@@ -263,7 +263,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def plan_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """Returns the parser of what `make_plans` takes; the same for runs on this machine and on a cluster."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=prog,
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -306,14 +306,14 @@ def run_command(
     parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int], words: list[str] | None = None
 ) -> NoReturn:
     """Parses the command line and calls `main` in the project's folder; errors end as in `utils.run_script`."""
-    args = parser.parse_args(words)
-    for name in ("data_dir", "model_name_or_path", "encoder", "description"):
-        if name in args:
-            setattr(args, name, relative(getattr(args, name)))
-    args.output_dir = args.output_dir and os.path.relpath(args.output_dir, PROJECT)
-    os.chdir(PROJECT)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with errors_in_one_line(parser.prog):
+        args = parser.parse_args(words)
+        for name in ("data_dir", "model_name_or_path", "encoder", "description"):
+            if name in args:
+                setattr(args, name, relative(getattr(args, name)))
+        args.output_dir = args.output_dir and os.path.relpath(args.output_dir, PROJECT)
+        os.chdir(PROJECT)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         sys.exit(main(args))
 
 

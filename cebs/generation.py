@@ -1,7 +1,8 @@
-"""Decoding many prompts, batch by batch, so that an interrupted run goes on where it was."""
+"""Decoding many prompts, batch by batch, over processes and shards, so that an interrupted run goes on where it was."""
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -9,14 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cebs.branches import beam_search, greedy, sample_until
+from cebs.branches import NotFiniteError, beam_search, greedy, sample_until
 from cebs.interrupts import deferred_interrupts
-from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote
+from cebs.memory import decode_within_memory
+from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote, say_shortened
 from cebs.trie import TokenTrie, build_trie
-from utils import ModelArguments, check_counts, load_for_inference, load_tokenizer
+from utils import (
+    InputError,
+    ModelArguments,
+    Run,
+    check_counts,
+    connect_processes,
+    load_for_inference,
+    load_tokenizer,
+    token_limit,
+)
 
 
 @dataclass(kw_only=True)
@@ -28,6 +41,8 @@ class DecodingArguments(ModelArguments):
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         batch_size (`int`): records between two saves.
         rows (`int`): records decoded side by side; memory grows with it.
+        shard (`str`, *optional*): `i/n` decodes the i-th of n parts, counted from 1, into `shard_i_of_n` below the
+            output folder. When all are done, the same command without it puts them together, and decodes nothing.
     """
 
     max_new_tokens: int = field(metadata={"help": "Most tokens of an answer."})
@@ -36,9 +51,21 @@ class DecodingArguments(ModelArguments):
     )
     batch_size: int = field(metadata={"help": "Records between two saves."})
     rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
+    shard: str = field(
+        default="",
+        metadata={
+            "help": "i/n: decode the i-th of n parts, from 1. When all are done, the same command without it puts them "
+            "together."
+        },
+    )
 
     def __post_init__(self):
         check_counts(self)
+        if self.shard:
+            parts = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", self.shard)
+            if not parts or int(parts[1]) > int(parts[2]):
+                raise ValueError(f"--shard {self.shard}: must be i/n with i from 1 to n, as in 2/4")
+        connect_processes(self.device)  # as transformers' TrainingArguments do for the training stages
 
 
 @dataclass(kw_only=True)
@@ -86,33 +113,45 @@ class CandidateArguments:
 
 
 class Journal:
-    """The finished batches of a run, one JSON line each.
+    """The finished batches of a run, one JSON line each: the place of its first record, and its results.
 
     The batches of a run are fixed by its input, and one that was cut short is done again as a whole; so what comes out
-    does not depend on where a run was interrupted.
+    does not depend on where a run was interrupted, nor on how many processes or shards did it. Each process writes a
+    file of its own and reads those of all, and of the finished shards.
 
     Args:
-        path (`Path`): the journal's file; it goes when the run is complete.
-        resumed (`bool`): keep the batches that an interrupted run left, else begin anew.
+        run (`Run`): the run; one that is not resumed has no finished batches but those of shards.
+        name (`str`): name of the journal in the run's folder, `data/candidates_train`.
     """
 
-    def __init__(self, path: Path, resumed: bool):
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_bytes().split(b"\n") if resumed and path.is_file() else [b""]
-        self.batches: list[list[Any]] = [json.loads(line) for line in lines[:-1]]  # the last line may be cut short
-        path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+    def __init__(self, run: Run, name: str):
+        self.run, self.name = run, name
+        process = PartialState().process_index
+        self.path = run.path / f"{name}{f'.{process}' if process else ''}.partial.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.batches: dict[int, list[Any]] = {}
+        for folder in [*([run.path] if run.resumed else []), *run.shards]:
+            for path in self._files(folder):
+                whole, newline, _ = path.read_bytes().rpartition(b"\n")  # the last line may be cut short
+                if path == self.path:
+                    os.truncate(path, len(whole + newline))
+                self.batches.update(json.loads(line) for line in whole.split(b"\n") if line)
 
-    def append(self, batch: list[Any]) -> None:
+    def append(self, start: int, results: list[Any]) -> None:
         """Adds a finished batch; it is on the disk when this returns."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(batch, ensure_ascii=False) + "\n")
+            file.write(json.dumps([start, results], ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        self.batches.append(batch)
+        self.batches[start] = results
 
     def remove(self) -> None:
-        self.path.unlink()
+        """Removes the files of all processes, when the run is complete; those of shards stay in their folders."""
+        for path in self._files(self.run.path):
+            path.unlink()
+
+    def _files(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(f"{self.name}.*partial.jsonl"))
 
 
 def run_in_batches(
@@ -122,35 +161,78 @@ def run_in_batches(
     journal: Journal,
     description: str,
 ) -> list[Any]:
-    """Calls `work(batch, start)` for each batch that the journal does not hold; returns the results of all items."""
-    if journal.batches:
-        print(f"{description}: {len(journal.batches)} batches are done already")
+    """Calls `work(batch, start)` for each batch that the journal does not hold.
+
+    Batches are dealt out in turn, first among the shards of a run, then among the processes.
+
+    Returns:
+        The results of all items, in their order, to every process; of a shard, those of its own batches.
+
+    Raises:
+        `InputError`: if a shard of the run lacks batches, or naming the record after which the model gives no numbers.
+        `KeyboardInterrupt`: after a signal, when the batch is finished, or where another process has ended.
+    """
+    part, parts = map(int, (journal.run.shard or "1/1").split("/"))
+    processes = PartialState()
+    starts = range(0, len(items), batch_size)[part - 1 :: parts]
+    own = starts[processes.process_index :: processes.num_processes]
+    missing = [start for start in own if start not in journal.batches]
+
+    def records(chosen: Sequence[int]) -> int:
+        return sum(min(batch_size, len(items) - start) for start in chosen)
+
+    if missing and journal.run.shards:
+        number = missing[0] // batch_size % len(journal.run.shards)
+        raise InputError(
+            f"{journal.run.shards[number] / journal.name}: no answers for record {missing[0]}; run --shard "
+            f"{number + 1}/{len(journal.run.shards)} with --overwrite"
+        )
+    if len(missing) < len(own):
+        print(f"{description}: {len(own) - len(missing)} batches are done already")
     with (
         deferred_interrupts() as interrupts,
-        tqdm(total=len(items), desc=description, unit="record", mininterval=1) as progress,
+        tqdm(
+            total=records(own),
+            initial=records(own) - records(missing),
+            desc=description,
+            unit="record",
+            mininterval=1,
+            disable=not processes.is_main_process,
+        ) as progress,
     ):
-        progress.update(sum(map(len, journal.batches)))
-        for start in range(len(journal.batches) * batch_size, len(items), batch_size):
-            journal.append(work(items[start : start + batch_size], start))
-            progress.update(len(journal.batches[-1]))
-            interrupts.leave_if_any()
-    return [result for batch in journal.batches for result in batch]
+        for start in missing:
+            try:
+                results = work(items[start : start + batch_size], start)
+            except NotFiniteError as error:
+                raise InputError(
+                    f"{description}: record {start + error.prompt}: the model's logits are not finite numbers; use "
+                    "--dtype float32, or another --adapter"
+                ) from error
+            journal.append(start, results)
+            progress.update(len(journal.batches[start]))
+            if interrupts.received:
+                break
+        interrupts.leave_together()
+    batches: dict[int, list[Any]] = {}
+    for of_a_process in gather_object([journal.batches]):
+        batches |= of_a_process
+    return [result for start in starts for result in batches[start]]
 
 
 class Decoder:
     """A model and its tokenizer, from text to text; all decoding goes through `cebs.branches`.
 
     Args:
-        model (`PreTrainedModel`): as `utils.load_for_inference` returns it.
+        model (`PreTrainedModel`, *optional*): as `utils.load_for_inference` returns it; without it, texts alone.
         tokenizer (`PreTrainedTokenizerBase`): of the base model.
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         max_new_tokens (`int`): most tokens of an answer.
-        rows (`int`): prompts decoded side by side.
+        rows (`int`): prompts decoded side by side; half as many from when memory runs out.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
@@ -168,18 +250,30 @@ class Decoder:
         self.shortened_prompts += sum(dropped > 0 for _, dropped in encoded)
         return [ids for ids, _ in encoded]
 
+    def report(self) -> dict[str, int]:
+        """Says how many prompts lost titles, and returns what `run.json` keeps of the decoding."""
+        say_shortened(self.shortened_prompts, self.max_length)
+        return {"shortened_prompts": self.shortened_prompts, "rows": self.rows}
+
     def decode(self, ids: list[int]) -> str:
         """Returns an answer as text, without special tokens and surrounding whitespace."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+    def within_memory(self, decode: Callable[[int], Any]) -> Any:
+        """Returns `decode(rows)`; out of memory, that of half the rows, with which later calls begin."""
+        decoded, self.rows = decode_within_memory(decode, self.rows)
+        return decoded
+
     def greedy(self, prompts: Sequence[list[int]]) -> list[str]:
         """Returns the greedy answer to each prompt, given as token ids."""
-        answers = greedy(
-            self.model,
-            list(prompts),
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            rows=self.rows,
+        answers = self.within_memory(
+            lambda rows: greedy(
+                self.model,
+                list(prompts),
+                max_new_tokens=self.max_new_tokens,
+                stop_token_ids=self.stop_token_ids,
+                rows=rows,
+            )
         )
         return [self.decode(ids) for ids in answers]
 
@@ -217,35 +311,41 @@ class Decoder:
             return title_of[tuple(branch)] if args.constrained else predicted_title(self.decode(branch))
 
         if args.candidate_source == "topk":
-            found = sample_until(
-                self.model,
-                list(prompts),
-                trie,
-                accept=lambda index, branches: accept(index, [title(branch) for branch in branches]),
-                seeds=list(seeds),
-                num_branches=args.num_candidates,
-                max_branches=args.max_candidates,
-                top_k=args.top_k,
-                temperature=args.temperature,
-                max_new_tokens=max(map(len, title_of)) if args.constrained else self.max_new_tokens,
-                stop_token_ids=self.stop_token_ids,
-                rows=self.rows,
+            found = self.within_memory(
+                lambda rows: sorted(
+                    sample_until(
+                        self.model,
+                        list(prompts),
+                        trie,
+                        accept=lambda index, branches: accept(index, [title(branch) for branch in branches]),
+                        seeds=list(seeds),
+                        num_branches=args.num_candidates,
+                        max_branches=args.max_candidates,
+                        top_k=args.top_k,
+                        temperature=args.temperature,
+                        max_new_tokens=max(map(len, title_of)) if args.constrained else self.max_new_tokens,
+                        stop_token_ids=self.stop_token_ids,
+                        rows=rows,
+                    )
+                )
             )
             return [
                 [(title(branch), log_prob) for branch, log_prob in zip(branches, log_probs, strict=True)]
-                for _, branches, log_probs in sorted(found)
+                for _, branches, log_probs in found
             ]
 
-        found = beam_search(
-            self.model,
-            list(prompts),
-            trie,
-            num_beams=args.num_candidates,
-            num_beam_groups=args.num_beam_groups if args.candidate_source == "diverse_beam" else 1,
-            diversity_penalty=args.diversity_penalty,
-            max_new_tokens=self.max_new_tokens,
-            stop_token_ids=self.stop_token_ids,
-            rows=self.rows,
+        found = self.within_memory(
+            lambda rows: beam_search(
+                self.model,
+                list(prompts),
+                trie,
+                num_beams=args.num_candidates,
+                num_beam_groups=args.num_beam_groups if args.candidate_source == "diverse_beam" else 1,
+                diversity_penalty=args.diversity_penalty,
+                max_new_tokens=self.max_new_tokens,
+                stop_token_ids=self.stop_token_ids,
+                rows=rows,
+            )
         )
         proposed = []
         for branches, log_probs in found:
@@ -264,12 +364,15 @@ def _catalogue_trie(
     return build_trie(completions), dict(zip(completions, titles, strict=True))
 
 
-def load_decoder(model_dir: Path, args: DecodingArguments) -> Decoder:
-    """Loads a base model with its adapter, and its tokenizer, for decoding."""
+def load_decoder(model_dir: Path, args: DecodingArguments, run: Run) -> Decoder:
+    """Loads a base model with its adapter, and its tokenizer, for decoding.
+
+    The model is left out of a run that puts shards together: it decodes nothing, and may do so where there is no GPU.
+    """
     return Decoder(
-        load_for_inference(model_dir, args),
+        None if run.shards else load_for_inference(model_dir, args),
         load_tokenizer(model_dir),
-        max_length=args.max_length,
+        max_length=token_limit(model_dir, args.max_length),
         max_new_tokens=args.max_new_tokens,
         rows=args.rows,
     )

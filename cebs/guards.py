@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -47,9 +48,13 @@ class FiniteLossMixin:
 
 
 def last_good_checkpoint(folder: str | Path) -> Path | None:
-    """Returns the newest checkpoint of a run whose adapter weights are all finite; `None` if there is none."""
+    """Returns the newest checkpoint of a run whose adapter weights are whole and finite; `None` if there is none."""
     checkpoints = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for checkpoint in reversed(checkpoints):
-        if all(tensor.isfinite().all() for tensor in load_file(checkpoint / ADAPTER_WEIGHTS).values()):
+        try:
+            weights = load_file(checkpoint / ADAPTER_WEIGHTS)
+        except (OSError, SafetensorError):
+            continue
+        if all(tensor.isfinite().all() for tensor in weights.values()):
             return checkpoint
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import reduce
+from accelerate.utils import gather_object, reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
@@ -32,14 +32,18 @@ class Interrupts:
         """The signal handler."""
         self.received = signal.Signals(signum).name
 
-    def leave_if_any(self) -> None:
-        """To be called where the work can be left.
+    def leave_together(self) -> None:
+        """To be called by every process when its work is done or can be left; they leave if a signal came to one.
 
         Raises:
-            `KeyboardInterrupt`: if a signal came.
+            `KeyboardInterrupt`: naming the signal, or because another process has ended or does not come here.
         """
-        if self.received:
-            raise KeyboardInterrupt(self.received)
+        try:
+            received = [name for name in gather_object([self.received]) if name]
+        except RuntimeError as error:
+            raise KeyboardInterrupt(self.received or "another process has ended") from error
+        if received:
+            raise KeyboardInterrupt(received[0])
 
 
 @contextlib.contextmanager
@@ -50,7 +54,9 @@ def deferred_interrupts() -> Iterator[Interrupts]:
     with deferred_interrupts() as interrupts:
         for batch in batches:
             write(work(batch))
-            interrupts.leave_if_any()
+            if interrupts.received:
+                break
+        interrupts.leave_together()
     ```
     """
     interrupts = Interrupts()

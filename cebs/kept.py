@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from utils import written_whole
 
 
 def kept_file(folder: Path, depends_on: Any) -> Path:
@@ -28,17 +29,13 @@ def read_kept(path: Path) -> np.ndarray | None:
 
 def write_kept(path: Path, array: np.ndarray, name: str) -> None:
     """Keeps an array, whole or not at all; where that cannot be done, a note says so and it is computed again."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with written_whole(path) as temporary:
             save_file({"array": array}, temporary, metadata={"sha256": _sum(array)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"note: {name} are not kept: {error}")
 
 

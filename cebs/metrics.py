@@ -35,6 +35,7 @@ HIGHER_IS_BETTER = {
 METRICS_AT_K = ("NDCG", "HR", "Diversity", "DivRatio", "DGU", "MGU", "ORRatio")  # SPRec's
 TAIL_METRICS_AT_K = ("Coverage", "Gini", *(name for name in HIGHER_IS_BETTER if name.endswith(EXPOSURE_GROUPS)))
 SET_METRICS = ("Diversity", "DivRatio", "DGU", "MGU", "ORRatio", "Gini")  # no sums over records
+OF_JUDGED = ("NDCG", "HR", "Diversity")  # and those by group: they are sums, where the others are shares
 NOT_IN_CATALOGUE = -1
 NOTHING = -1  # in a ranking that has run out of titles
 MOST_RECOMMENDED = 3  # ORRatio: the share that so many titles take
@@ -300,11 +301,13 @@ class RecordSums:
         )
 
     def figures(self) -> dict[str, int | float]:
-        """Returns all figures of the records as they are, in the order of the columns."""
+        """Returns all figures of the records as they are, in the order of the columns; NaN for what cannot be told."""
         once = np.ones((1, len(self.judged)))
         found = dict(zip(self.ratios, self.ratio_figures(once)[:, 0].tolist(), strict=True))
         found |= dict(zip(SET_METRICS, self.set_figures(once)[:, 0].tolist(), strict=True))
         found["Diversity"] = int(found["Diversity"])
+        if not self.judged.any():  # nobody could be recommended what was right: 0 would say that nobody was
+            found |= dict.fromkeys((name for name in found if name.startswith(OF_JUDGED)), np.nan)
         return {name: found[name] for name in HIGHER_IS_BETTER if name in found}
 
 
@@ -314,7 +317,7 @@ def record_sums(ranked: np.ndarray, is_invented: np.ndarray, evaluation_set: Eva
     NDCG and HR are sums over the records whose target is in the catalogue, divided by the number of all records;
     within a group of targets (`NDCG_tail`, say) by the number of records in it, so that the groups make up the whole.
     The figures of the recommendations look at the records whose target is in the catalogue only. Where nothing can be
-    counted (no such record, no history at all) a share is NaN.
+    counted (no such record, no history at all) a share is NaN, and `RecordSums.figures` has no accuracy either.
 
     Args:
         ranked (`np.ndarray` of shape `[N, K]`): recommended title ids, best first, `NOTHING` behind the last; K is at

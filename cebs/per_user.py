@@ -14,26 +14,32 @@ They lie beside the CSV, `per_user/<dataset>/<method>.json`:
 """
 
 import json
-import os
 import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, read_json, write_json
+from utils import InputError, read_json, write_json, written_whole
 
 FOLDER = "per_user"
+LONGEST_NAME = 200  # signs of a file's name, which most file systems limit to 255 bytes
 FILE_KEYS = {"dataset": str, "method": str, "topk": list, "users": list}
 USER_KEYS = {"user": str, "target": str, "hit": dict, "ndcg": dict}
 
 
 def per_user_file(results_csv: str | Path, dataset: str, method: str) -> Path:
-    """Returns the file of a row. Signs that a file's name cannot hold are written as in a URL, `%2F` for a slash."""
+    """Returns the file of a row. Signs that a file's name cannot hold are written as in a URL, `%2F` for a slash.
+
+    Raises:
+        `InputError`: if a name is too long for a file.
+    """
     return Path(results_csv).parent / FOLDER / _file_name(dataset) / f"{_file_name(method)}.json"
 
 
 def _file_name(name: str) -> str:
     quoted = urllib.parse.quote(name.strip(), safe=" ")
+    if len(quoted) > LONGEST_NAME:
+        raise InputError(f"{name[:50]}...: is too long for the name of a file; give a shorter --dataset or --method")
     return f"%2E{quoted[1:]}" if quoted.startswith(".") else quoted  # neither `..` nor hidden
 
 
@@ -72,13 +78,8 @@ def _write_parquet(path: Path, content: dict[str, Any]) -> None:
     origin = {name: value for name, value in content.items() if name != "users"}
     table = pyarrow.Table.from_pylist(content["users"])
     table = table.replace_schema_metadata({"evaluation": json.dumps(origin, ensure_ascii=False)})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with written_whole(path) as temporary:
         parquet.write_table(table, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_per_user(path: str | Path) -> dict[str, Any]:
@@ -90,13 +91,19 @@ def read_per_user(path: str | Path) -> dict[str, Any]:
     content = _checked(read_json(path), FILE_KEYS, str(path))
     if not content["users"]:
         raise InputError(f"{path}: has no users; evaluate again")
+    if not content["topk"] or not all(type(k) is int and k > 0 for k in content["topk"]):
+        raise InputError(f"{path}: 'topk' must hold whole numbers of 1 or more; evaluate again")
     for index, user in enumerate(content["users"]):
         place = f"{path}: user {index}"
         _checked(user, USER_KEYS, place)
         for k in map(str, content["topk"]):
-            if not all(isinstance(user[measure].get(k), int | float) for measure in ("hit", "ndcg")):
-                raise InputError(f"{place}: 'hit' and 'ndcg' must hold a number for k {k}; evaluate again")
+            if not all(_is_share(user[measure].get(k)) for measure in ("hit", "ndcg")):
+                raise InputError(f"{place}: 'hit' and 'ndcg' must hold a number from 0 to 1 for k {k}; evaluate again")
     return content
+
+
+def _is_share(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def _checked(value: Any, keys: dict[str, type], place: str) -> dict[str, Any]:

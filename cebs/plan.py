@@ -10,10 +10,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cebs.selectors import parse_negatives
 from utils import InputError, read_yaml
 
 SIZE_NAMES = ("train", "preferences", "valid", "test")
-SECTIONS = ("sizes", "rows", "main_job", "candidates", "flags", "seconds")
+SECTIONS = {"sizes": dict, "rows": dict, "main_job": list, "candidates": dict, "flags": dict, "seconds": dict}
+KINDS = {dict: "mapping", list: "list"}
+# negatives that are no selectors: a model's predictions, of the row's own model or of another, and random titles
+MODELS_OWN = ("random", "self_play", "self_play of sft", "self_play of origin")
+SCRIPTS = (
+    *("prepare_data.py", "sft_smol.py", "dataset_generate.py", "dataset_generate_cluster_batch.py"),
+    *("DPO_from_dpoData.py", "generate_predict_batch.py", "predict_baselines.py", "evaluate.py"),
+)
 ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of")
 
 
@@ -24,22 +32,66 @@ def read_description(path: str | Path) -> dict[str, Any]:
         `InputError`: naming the file, and the section or row that is wrong.
     """
     description = read_yaml(path)
-    for section in SECTIONS:
+    for section, kind in SECTIONS.items():
         if section not in description:
             raise InputError(f"{path}: section {section!r} is missing; configs/comparison.yaml shows the form")
+        if not isinstance(description[section], kind):
+            raise InputError(f"{path}: section {section!r} must be a {KINDS[kind]}; configs/comparison.yaml shows it")
+    folders: dict[str, str] = {}
     for row, spec in description["rows"].items():
-        if unknown := [key for key in spec if key not in ROW_KEYS]:
-            raise InputError(f"{path}: row {row!r}: unknown key {unknown[0]!r}; there are: {', '.join(ROW_KEYS)}")
-        if "baseline" not in spec and spec.get("start") not in ("origin", "sft"):
-            raise InputError(f"{path}: row {row!r}: start must be origin or sft, or baseline the name of one")
-        if (source := spec.get("candidates", "sampled")) not in description["candidates"]:
-            raise InputError(f"{path}: row {row!r}: no candidates {source!r} are described")
-    for size, numbers in description["sizes"].items():
-        if set(numbers) != set(SIZE_NAMES):
+        place = f"{path}: row {row!r}"
+        if not isinstance(row, str) or not slug(row):
+            raise InputError(f"{place}: its name needs a letter from a to z or a digit, for its folder")
+        if (other := folders.setdefault(slug(row), row)) != row:
+            raise InputError(f"{place}: would share the folder {slug(row)} with row {other!r}; rename one")
+        _check_row(place, spec, description["candidates"])
+    for source, flags in description["candidates"].items():
+        if slug(str(source)) != source:
+            raise InputError(f"{path}: candidates {source!r}: the name may have a to z, 0 to 9 and _ only")
+        _check_flags(f"{path}: candidates {source!r}", flags)
+    for script, flags in description["flags"].items():
+        _check_flags(f"{path}: flags of {script}", flags)
+    for size in ("quick", "full", *description["sizes"]):
+        numbers = description["sizes"].get(size)
+        if not isinstance(numbers, dict) or set(numbers) != set(SIZE_NAMES):
             raise InputError(f"{path}: size {size!r}: needs {', '.join(SIZE_NAMES)}")
-    if unknown := [row for row in description["main_job"] if row not in description["rows"]]:
+        if wrong := [name for name, number in numbers.items() if type(number) is not int or number < 1]:
+            raise InputError(f"{path}: size {size!r}: {wrong[0]} must be a whole number of 1 or more")
+    for script in SCRIPTS:
+        cost = description["seconds"].get(script)
+        if not isinstance(cost, dict) or not all(type(cost.get(name)) in (int, float) for name in ("start", "record")):
+            raise InputError(f"{path}: seconds of {script}: needs the numbers start and record")
+    if unknown := [row for row in description["main_job"] if row not in list(description["rows"])]:
         raise InputError(f"{path}: main_job: there is no row {unknown[0]!r}")
     return description
+
+
+def _check_row(place: str, spec: Any, candidates: dict[str, Any]) -> None:
+    if not isinstance(spec, dict):
+        raise InputError(f"{place}: must be a mapping of {', '.join(ROW_KEYS)}")
+    if unknown := [key for key in spec if key not in ROW_KEYS]:
+        raise InputError(f"{place}: unknown key {unknown[0]!r}; there are: {', '.join(ROW_KEYS)}")
+    for key, value in spec.items():
+        words = value if key == "negatives" and isinstance(value, list) else [value]
+        if not words or not all(isinstance(word, str) for word in words):
+            raise InputError(f"{place}: {key} must be text{', or a list of it' if key == 'negatives' else ''}")
+        for word in words if key in ("negatives", "rounds_of") else ():
+            if word not in MODELS_OWN:
+                try:
+                    parse_negatives(word.split())
+                except InputError as error:
+                    raise InputError(f"{place}: {error}") from error
+    if "baseline" not in spec and spec.get("start") not in ("origin", "sft"):
+        raise InputError(f"{place}: start must be origin or sft, or baseline the name of one")
+    if (source := spec.get("candidates", "sampled")) not in candidates:
+        raise InputError(f"{place}: no candidates {source!r} are described")
+
+
+def _check_flags(place: str, flags: Any) -> None:
+    try:
+        shlex.split(flags if isinstance(flags, str) else "'")
+    except ValueError as error:
+        raise InputError(f"{place}: must be flags as they are typed, not {flags!r}") from error
 
 
 @dataclass(frozen=True)

@@ -65,5 +65,7 @@ def read_preferences(path: str | Path) -> list[dict[str, Any]]:
         texts = [raw["prompt"], raw["chosen"], *rejected]
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise InputError(f"{path}: record {index}: prompt, chosen and rejected must be text, and not empty")
+        if raw["chosen"].strip() in [title.strip() for title in rejected]:
+            raise InputError(f"{path}: record {index}: the chosen title {raw['chosen'].strip()} is also rejected")
         records.append({"prompt": raw["prompt"], "chosen": raw["chosen"], "rejected": rejected})
     return records

@@ -3,7 +3,9 @@
 Training and decoding both come through here, so a model is never asked with another prompt than it was taught with.
 """
 
+import bisect
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
@@ -14,6 +16,7 @@ from utils import InputError
 QUOTED = re.compile(r'"([^"]*)"')
 OLDEST_TITLE = re.compile(r'"[^"]*"(?:\s*,\s*)?')
 INPUT_MARKER = "### Input:\n"
+PROMPT_SHOWN = 200  # letters of a prompt that an error message quotes
 NO_PREDICTION = "NAN"  # what SPRec and BIGRec ground when the model wrote nothing
 
 
@@ -91,16 +94,27 @@ def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: 
     Raises:
         `InputError`: if the prompt does not fit even without any title.
     """
-    dropped = 0
-    while (length := len(tokenizer(prompt).input_ids)) > max_tokens:
-        oldest = OLDEST_TITLE.search(prompt, max(prompt.find(INPUT_MARKER), 0))  # quotes before it are no titles
-        if oldest is None:
-            raise InputError(
-                f"a prompt has {length} tokens without any title, {max(max_tokens, 0)} fit; "
-                f"give a greater --max_length: {prompt!r}"
-            )
-        prompt, dropped = prompt[: oldest.start()] + prompt[oldest.end() :], dropped + 1
-    return prompt, dropped
+    titles = list(OLDEST_TITLE.finditer(prompt, max(prompt.find(INPUT_MARKER), 0)))  # quotes before it are no titles
+
+    def without_oldest(count: int) -> str:
+        ends = [0, *(title.end() for title in titles[:count])]
+        starts = [*(title.start() for title in titles[:count]), len(prompt)]
+        return "".join(prompt[end:start] for end, start in zip(ends, starts, strict=True))
+
+    def length(count: int) -> int:
+        return len(tokenizer(without_oldest(count)).input_ids)
+
+    if length(0) <= max_tokens:
+        return prompt, 0
+    # the more titles go, the shorter it is: a history of hundreds is tokenised a few times only
+    dropped = bisect.bisect_left(range(len(titles) + 1), -max_tokens, key=lambda count: -length(count))
+    if dropped > len(titles):
+        shown = textwrap.shorten(prompt[max(prompt.find(INPUT_MARKER), 0) :], PROMPT_SHOWN)
+        raise InputError(
+            f"a prompt has {length(len(titles))} tokens without any title, {max(max_tokens, 0)} fit beside its answer; "
+            f"give a greater --max_length: {shown!r}"
+        )
+    return without_oldest(dropped), dropped
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[list[int], int]:
@@ -114,6 +128,12 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: i
     """
     prompt, dropped = shorten_prompt(tokenizer, prompt, max_tokens)
     return tokenizer(prompt).input_ids, dropped
+
+
+def say_shortened(shortened: int, limit: int) -> None:
+    """Says how many prompts lost titles, where any did."""
+    if shortened:
+        print(f"note: {shortened} prompts lost their oldest titles to fit in {limit} tokens with their answers")
 
 
 def title_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[range]:

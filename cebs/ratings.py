@@ -11,11 +11,13 @@ import numpy as np
 
 from cebs.catalogue import CATALOGUE_FILES, Catalogue
 from cebs.prompts import Record, quote
-from utils import InputError, read_records, record_seed, write_json
+from utils import InputError, read_records, read_text, record_seed, write_json
 
 SPLITS = ("train", "valid", "test")
 DATA_FILES = (*(f"{split}_sample.json" for split in SPLITS), *CATALOGUE_FILES)
 LIKED = 4  # stars from which on a rating counts as liking
+MOST_STARS = 5
+LATEST_TIME = 253_402_300_800  # the year 10000, beyond which there are no dates
 ATOMIC_FILES = ("ml-100k.inter", "ml-100k.item")  # MovieLens-100K in RecBole's format
 GROUPLENS_FILES = ("u.data", "u.item", "u.genre")  # MovieLens-100K in GroupLens' own archive
 INTER_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
@@ -116,8 +118,12 @@ def read_movielens(paths: Sequence[Path]) -> tuple[list[Rating], Catalogue]:
             rating = Rating(user, title_of[item], float(stars), int(float(time)))
         except (ValueError, OverflowError) as error:
             raise InputError(f"{place}: rating and timestamp must be numbers, not {stars!r} and {time!r}") from error
-        if not math.isfinite(rating.stars):
-            raise InputError(f"{place}: rating must be a finite number, not {stars!r}")
+        if not 0 <= rating.stars <= MOST_STARS:
+            raise InputError(f"{place}: rating must be a number from 0 to {MOST_STARS}, not {stars!r}")
+        if not 0 <= rating.time < LATEST_TIME:
+            raise InputError(f"{place}: timestamp must be seconds since 1970, not {time!r}")
+        if not user.strip():
+            raise InputError(f"{place}: the user is missing; take the file from its source again")
         if rating.title in genres:
             ratings.append(rating)
     return ratings, Catalogue(list(genres), {title: sorted(names) for title, names in genres.items()}, counted)
@@ -149,13 +155,10 @@ def _clean(title: str) -> str:
 
 
 def _rows(
-    path: Path, separator: str, columns: Sequence[str], *, header: bool, encoding: str = "utf-8"
+    path: Path, separator: str, columns: Sequence[str], *, header: bool, encoding: str = "utf-8-sig"
 ) -> Iterable[tuple[str, list[str]]]:
     """Yields the lines of a table with their place (`file: line 3`), after checking that none has a column missing."""
-    try:
-        lines = path.read_text(encoding=encoding).split("\n")  # splitlines() would also split at rarer signs
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as {encoding} text: {error}") from error
+    lines = read_text(path, encoding=encoding).replace("\r\n", "\n").split("\n")  # splitlines() splits at rarer signs
     start = 1
     if header:
         found = [name.split(":")[0] for name in lines[0].split(separator)]

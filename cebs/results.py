@@ -15,13 +15,14 @@ The file belongs to whoever edits it, too: columns and rows that this module doe
 as they are. Cells are never parsed, so that what is not updated stays as it was written.
 """
 
-import argparse
+import codecs
 import csv
 import io
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,15 @@ from filelock import FileLock, Timeout
 from cebs.metrics import HIGHER_IS_BETTER, METRICS_AT_K, TAIL_METRICS_AT_K
 from cebs.per_user import check_same_records, find_per_user, mean_over_seeds
 from cebs.statistics import PairedTest, test_rows
-from utils import InputError, write_text
+from utils import InputError, OneLineParser, errors_in_one_line, read_text, write_text
 
 NAMES = ("Dataset", "Model")  # what tells a row from another
 FACTS = ("Users", "Encoder", "Protocol")  # what a row's figures rest on
 DEFAULT_REFERENCE = "SFT"
 # a figure, an end of its interval, or its standard deviation over seeds
-FIGURE_AT_K = re.compile(rf"(?:{'|'.join((*METRICS_AT_K, *TAIL_METRICS_AT_K))})@(\d+)(?P<of>_low|_high|_std)?")
+FIGURE_AT_K = re.compile(
+    rf"(?:{'|'.join((*METRICS_AT_K, *TAIL_METRICS_AT_K))})@([1-9][0-9]{{0,8}})(?P<of>_low|_high|_std)?"
+)
 FIGURES_AGREE = 5e-5  # of the CSV, which a spreadsheet may have rounded to four decimals, and a file per user
 FORMULA_STARTS = ("=", "+", "-", "@")
 LOCK_TIMEOUT_S = 120
@@ -149,31 +152,30 @@ def read_results(path: str | Path) -> ResultsTable:
         `InputError`: if it cannot be read, or has no columns Dataset and Model.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except FileNotFoundError:
-        raw, text = b"", ""
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}; give the path of a CSV file") from error
+    text = read_text(path) if os.path.exists(path) else ""
     if not text.strip():
         return ResultsTable(results_columns([]), [])
     try:
-        for delimiter in ",;\t":
-            header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-            if set(NAMES) <= set(header):
-                return ResultsTable(
-                    header,
-                    rows,
-                    delimiter=delimiter,
-                    line_end="\r\n" if "\r\n" in text else "\n",
-                    encoding="utf-8-sig" if raw.startswith(b"\xef\xbb\xbf") else "utf-8",
-                )
+        headers = {sign: next(csv.reader(io.StringIO(text, newline=""), delimiter=sign)) for sign in ",;\t"}
+        delimiter = next((sign for sign, header in headers.items() if set(NAMES) <= set(header)), None)
+        if delimiter is None:
+            raise InputError(
+                f"{path}: the first line has no columns Dataset and Model; give another path to start a new table"
+            )
+        # strict: a quote that is never closed would make one cell of all that follows
+        header, *rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     except csv.Error as error:
         raise InputError(f"{path}: cannot be read as CSV: {error}; mend the file or give another path") from error
-    raise InputError(f"{path}: the first line has no columns Dataset and Model; give another path to start a new table")
+    for column, times in Counter(header).items():
+        if times > 1 and (column in (*NAMES, *FACTS) or FIGURE_AT_K.fullmatch(column)):
+            raise InputError(f"{path}: has the column {column} {times} times; keep one")
+    return ResultsTable(
+        header,
+        rows,
+        delimiter=delimiter,
+        line_end="\r\n" if "\r\n" in text else "\n",
+        encoding="utf-8-sig" if path.read_bytes().startswith(codecs.BOM_UTF8) else "utf-8",
+    )
 
 
 def update_results(path: str | Path, figures: Mapping[str, str | int | float]) -> list[str]:
@@ -504,24 +506,21 @@ def _for_terminal(line: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m cebs.results", description="Prints the table of a results CSV, or makes one of several seeds."
     )
     parser.add_argument("results_csv", nargs="+", help="the CSV that evaluate.py writes; with --aggregate, several")
     parser.add_argument("--dataset", help="only the rows of this data set")
     parser.add_argument("--reference", help=f"the row that others are tested against; left out, {DEFAULT_REFERENCE}")
     parser.add_argument("--aggregate", metavar="OUT", help="write means over the CSVs, one a seed, to this CSV")
-    arguments = parser.parse_args()
-    try:
+    with errors_in_one_line("cebs.results"):
+        arguments = parser.parse_args()
         path = arguments.aggregate or arguments.results_csv[0]
         notices = aggregate_seeds(arguments.results_csv, path) if arguments.aggregate else []
         if not arguments.aggregate and len(arguments.results_csv) > 1:
             raise InputError("give one CSV, or --aggregate OUT.csv to make one of several")
         print_results(path, arguments.dataset, arguments.reference)
         print(*(f"note: {notice}" for notice in notices), sep="\n", end="\n" if notices else "")
-    except InputError as error:
-        print(f"cebs.results: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from cebs.comparison import (
     the_only_one,
 )
 from cebs.plan import Plan, Stage
-from utils import InputError, read_json, write_json
+from utils import InputError, OneLineParser, read_json, write_json
 
 RECORD = ".slurm/jobs.json"  # below the comparison's folder
 DOWNLOADS = "downloads"  # the stage that needs the network, which compute nodes may not have
@@ -418,7 +418,7 @@ def main(command: str, words: list[str]) -> NoReturn:
     if command == "submit":
         parser = plan_parser("slurm/submit_comparison.sh", __doc__)
         run_command(parser, lambda args: submit(args, words), words)
-    parser = argparse.ArgumentParser(prog="slurm/status.sh", description=status.__doc__, allow_abbrev=False)
+    parser = OneLineParser(prog="slurm/status.sh", description=status.__doc__, allow_abbrev=False)
     parser.add_argument("output_dir", nargs="?", help="the comparison's folder; default: the last one submitted")
     run_command(parser, status, words)
 

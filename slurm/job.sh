@@ -7,6 +7,9 @@
 #
 # In a job array, %a in a flag stands for the task's number:
 #   sbatch --array=0-2 slurm/sft_smol.sbatch --seed %a --output_dir output/sft_%a
+# Decoding in eight parts, and one more job, without a GPU, that puts them together when all are done:
+#   parts=$(sbatch --parsable --array=1-8 slurm/generate_predict_batch.sbatch --shard %a/8)
+#   sbatch --dependency=afterok:$parts --gpus-per-node=0 slurm/generate_predict_batch.sbatch
 #
 # CEBS_NOTE, set by slurm/submit_comparison.sh, is where a finished stage leaves the note that says so.
 

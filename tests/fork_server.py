@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 LIBRARIES = [
@@ -90,6 +91,8 @@ def _run(script: str, args: list[str], cwd: str, env: dict[str, str], stdout: st
     os.environ.update(env)
     time.tzset()
     os.chdir(cwd)
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # as in pyproject.toml
+        warnings.simplefilter("error", category)
     sys.argv = [script, *args]
     sys.path.insert(0, str(Path(script).parent))
     runpy.run_path(script, run_name="__main__")

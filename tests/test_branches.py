@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cebs.branches import beam_search, branch_log_probs, greedy, sample_until, shared_rows
+from cebs.branches import NotFiniteError, beam_search, branch_log_probs, greedy, sample_until, shared_rows
 from cebs.trie import build_trie, title_paths
 
 VOCABULARY = 97
@@ -623,3 +623,70 @@ def test_beams_do_not_depend_on_the_batch():
             ((alone, scores),) = beam_search(MODEL, [prompt], trie, num_beams=6, num_beam_groups=2, **free)
             assert alone == branches
             assert scores == pytest.approx(log_probs, abs=1e-5)
+
+
+# --- logits that are not finite ---
+
+CATALOGUE = build_trie([[3, 4, 2], [3, 5, 6, 2], [7, 8, 2], [9, 2], [20, 21, 22, 23, 2]])
+
+
+def sampled(model, prompts, trie=None):
+    options = dict(num_branches=3, max_branches=6, top_k=20, max_new_tokens=6, stop_token_ids=STOP, rows=2)
+    seeds = list(range(len(prompts)))
+    return list(sample_until(model, prompts, trie, accept=lambda *_: True, seeds=seeds, **options))
+
+
+WAYS_TO_DECODE = {
+    "greedy": lambda model, prompts: greedy(model, prompts, max_new_tokens=6, stop_token_ids=STOP, rows=2),
+    "sampling": sampled,
+    "constrained sampling": lambda model, prompts: sampled(model, prompts, CATALOGUE),
+    "beams": lambda model, prompts: beam_search(
+        model, prompts, num_beams=4, max_new_tokens=6, stop_token_ids=STOP, rows=2
+    ),
+    "diverse beams": lambda model, prompts: beam_search(
+        model,
+        prompts,
+        num_beams=4,
+        num_beam_groups=2,
+        diversity_penalty=1.0,
+        max_new_tokens=6,
+        stop_token_ids=STOP,
+        rows=2,
+    ),
+    "constrained beams": lambda model, prompts: beam_search(model, prompts, CATALOGUE, num_beams=4, rows=2),
+}
+
+
+@pytest.mark.parametrize("decode", WAYS_TO_DECODE.values(), ids=WAYS_TO_DECODE)
+@pytest.mark.parametrize("value", [float("nan"), inf, -inf])
+def test_logits_that_are_not_finite_stop_decoding_and_name_the_prompt(decode, value):
+    prompts = [[5, 6, 7], [8] * 9, [8, 90, 9, 11], [6]]
+    decode(tiny_model(), prompts)
+    spoilt = tiny_model()
+    with torch.no_grad():
+        spoilt.model.embed_tokens.weight[90] = value  # of a token that only the third prompt has
+    with pytest.raises(NotFiniteError, match="^prompt 2: the logits are not finite numbers") as error:
+        decode(spoilt, prompts)
+    assert error.value.prompt == 2
+    decode(spoilt, prompts[:2])
+
+
+@pytest.mark.parametrize("decode", WAYS_TO_DECODE.values(), ids=WAYS_TO_DECODE)
+@pytest.mark.parametrize("token", [2, 20])
+def test_a_single_infinite_logit_stops_decoding(decode, token):
+    """A spoilt row of the output layer: the softmax is NaN for its token and 0 for all others."""
+    spoilt = tiny_model()
+    with torch.no_grad():
+        spoilt.lm_head.weight[token] = inf
+    with pytest.raises(NotFiniteError):
+        decode(spoilt, [[5, 6, 7], [8, 9]])
+
+
+@pytest.mark.parametrize("decode", WAYS_TO_DECODE.values(), ids=WAYS_TO_DECODE)
+def test_logits_that_turn_bad_on_the_way_stop_decoding(decode):
+    """The prompts are good; every token that may follow is not."""
+    spoilt = tiny_model()
+    with torch.no_grad():
+        spoilt.model.embed_tokens.weight[:5] = spoilt.model.embed_tokens.weight[7:] = float("nan")
+    with pytest.raises(NotFiniteError):
+        decode(spoilt, [[5, 6, 5, 5], [6, 6]])

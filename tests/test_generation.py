@@ -1,6 +1,9 @@
 """Journals and batches: what is finished stays, what was cut short is done again. And how titles are proposed."""
 
 import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -9,41 +12,43 @@ from hypothesis import strategies as st
 
 from cebs.generation import CandidateArguments, Decoder, Journal, run_in_batches
 from cebs.prompts import build_prompt, encode_completion, predicted_title, quote
-from utils import load_model
+from utils import Run, load_model
 
 answers = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
 @given(st.lists(st.lists(answers, min_size=1, max_size=3), max_size=5), st.data())
-def test_a_journal_cut_anywhere_keeps_its_whole_lines(tmp_path_factory, batches, data):
-    path = tmp_path_factory.getbasetemp() / "cut.partial.jsonl"
-    journal = Journal(path, resumed=False)
-    ends = [0]
-    for batch in batches:
-        journal.append(batch)
-        ends.append(path.stat().st_size)
-    cut = data.draw(st.integers(0, ends[-1]))
-    path.write_bytes(path.read_bytes()[:cut])  # anywhere, also inside a letter of several bytes
-    whole = sum(end <= cut for end in ends) - 1
-    resumed = Journal(path, resumed=True)
-    assert resumed.batches == batches[:whole] and path.stat().st_size == ends[whole]
-    resumed.append(["more"])
-    assert Journal(path, resumed=True).batches == [*batches[:whole], ["more"]]
+def test_a_journal_cut_anywhere_keeps_its_whole_lines(batches, data):
+    with TemporaryDirectory() as folder:
+        run = Run(Path(folder), resumed=True)
+        journal = Journal(run, "cut")
+        ends = [0]
+        for start, batch in enumerate(batches):
+            journal.append(start, batch)
+            ends.append(journal.path.stat().st_size)
+        cut = data.draw(st.integers(0, ends[-1]))
+        if batches:
+            os.truncate(journal.path, cut)  # anywhere, also inside a letter of several bytes
+        whole = sum(end <= cut for end in ends) - 1
+        resumed = Journal(run, "cut")
+        assert resumed.batches == dict(enumerate(batches[:whole]))
+        assert not batches or resumed.path.stat().st_size == ends[whole]
+        resumed.append(whole, ["more"])
+        assert Journal(run, "cut").batches == dict(enumerate([*batches[:whole], ["more"]]))
 
 
 def test_a_new_run_begins_anew(tmp_path):
-    Journal(tmp_path / "a" / "j", resumed=False).append([1])
-    assert Journal(tmp_path / "a" / "j", resumed=False).batches == []
-    assert Journal(tmp_path / "a" / "j", resumed=True).batches == []
-    journal = Journal(tmp_path / "none", resumed=True)
-    assert journal.batches == []
+    Journal(Run(tmp_path), "a/j").append(0, [1])
+    assert Journal(Run(tmp_path), "a/j").batches == {}
+    journal = Journal(Run(tmp_path, resumed=True), "a/j")
+    assert journal.batches == {0: [1]}
     journal.remove()
-    assert not (tmp_path / "none").exists()
+    assert not list((tmp_path / "a").iterdir())
+    Journal(Run(tmp_path, resumed=True), "none").remove()
 
 
 @given(st.integers(0, 20), st.integers(1, 7), st.integers(0, 10))
-def test_interrupted_batches_give_what_uninterrupted_ones_give(tmp_path_factory, items, size, fail_at):
-    path = tmp_path_factory.getbasetemp() / "batches.partial.jsonl"
+def test_interrupted_batches_give_what_uninterrupted_ones_give(items, size, fail_at):
     calls = []
 
     def work(batch, start):
@@ -54,20 +59,38 @@ def test_interrupted_batches_give_what_uninterrupted_ones_give(tmp_path_factory,
 
     expected = [[place, place * place] for place in range(items)]
     squares = [place * place for place in range(items)]
-    try:
-        results = run_in_batches(squares, size, work, Journal(path, resumed=False), "test")
-    except KeyboardInterrupt:
-        results = run_in_batches(squares, size, work, Journal(path, resumed=True), "test")
+    with TemporaryDirectory() as folder:
+        try:
+            results = run_in_batches(squares, size, work, Journal(Run(Path(folder)), "j"), "test")
+        except KeyboardInterrupt:
+            results = run_in_batches(squares, size, work, Journal(Run(Path(folder), resumed=True), "j"), "test")
     assert results == expected
     assert sorted(set(calls)) == list(range(0, items, size))
     assert len(calls) <= len(set(calls)) + 1  # only the batch that was cut short is done twice
 
 
+@given(st.integers(0, 20), st.integers(1, 4), st.integers(1, 6))
+def test_shards_give_what_one_run_gives_and_no_batch_is_done_twice(items, size, parts):
+    calls = []
+
+    def work(batch, start):
+        calls.append(start)
+        return [item * item for item in batch]
+
+    with TemporaryDirectory() as folder:
+        shards = [Path(folder, str(part)) for part in range(1, parts + 1)]
+        for part, shard in enumerate(shards, start=1):
+            run_in_batches(range(items), size, work, Journal(Run(shard, shard=f"{part}/{parts}"), "j"), "test")
+        assert sorted(calls) == list(range(0, items, size))
+        together = Journal(Run(Path(folder, "all"), shards=shards), "j")
+        assert run_in_batches(range(items), size, None, together, "test") == [item * item for item in range(items)]
+
+
 def test_a_batch_is_on_the_disk_when_append_returns(tmp_path):
-    journal = Journal(tmp_path / "j", resumed=False)
-    journal.append([{"prediction": '"Les Misérables\u2028"\n'}])
-    assert json.loads((tmp_path / "j").read_text(encoding="utf-8")) == journal.batches[0]
-    assert (tmp_path / "j").read_text(encoding="utf-8").count("\n") == 1
+    journal = Journal(Run(tmp_path), "j")
+    journal.append(3, [{"prediction": '"Les Misérables\u2028"\n'}])
+    text = (tmp_path / "j.partial.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == [3, journal.batches[3]] and text.count("\n") == 1
 
 
 # --- proposing titles ---

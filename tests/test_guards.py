@@ -1,18 +1,21 @@
-"""Losses that are no longer numbers: where training stops, and what it says."""
+"""Losses and logits that are no longer numbers: where training and decoding stop, and what they say."""
 
 import math
+import shutil
 
 import pytest
 import torch
-from conftest import run_main
+from conftest import edit_json, run_main
 from datasets import Dataset
 from preference_training import LISTS, PAIRS, make_adapted, make_trainer
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from cebs.catalogue import load_catalogue
 from cebs.guards import RECORD, FiniteLossMixin, last_good_checkpoint
-from utils import ADAPTER_WEIGHTS, InputError, load_tokenizer, read_json, write_json
+from cebs.prompts import encode_completion, quote
+from utils import ADAPTER_WEIGHTS, InputError, load_tokenizer, read_json, read_records, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,6 +74,7 @@ def test_sft_stops_too(tiny_model, tmp_path):
             output_dir=str(tmp_path),
             report_to=[],
             bf16=False,
+            activation_checkpointing=False,
             per_device_train_batch_size=2,
             max_steps=3,
             save_strategy="no",
@@ -91,6 +95,11 @@ def test_last_good_checkpoint(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         save_file({"a": torch.zeros(2), "b": torch.tensor([value])}, tmp_path / f"checkpoint-{step}" / ADAPTER_WEIGHTS)
     assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-9"  # by number, not by name
+    for step in (12, 13):  # a kill, or a full disk, cut two short
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    whole = (tmp_path / "checkpoint-9" / ADAPTER_WEIGHTS).read_bytes()
+    (tmp_path / "checkpoint-13" / ADAPTER_WEIGHTS).write_bytes(whole[:-1])
+    assert last_good_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
     for step in (2, 9):
         save_file({"a": torch.tensor([math.nan])}, tmp_path / f"checkpoint-{step}" / ADAPTER_WEIGHTS)
     assert last_good_checkpoint(tmp_path) is None
@@ -115,3 +124,55 @@ def test_a_learning_rate_that_overflows(tiny_model, tmp_path):
     run = read_json(tmp_path / "out" / "run.json")
     assert run["state"] == "failed" and run["reason"] == f"InputError: {message}"
     assert not (tmp_path / "out" / "final_model").exists()
+
+
+# --- decoding ---
+
+DECODING = ("--max_new_tokens", 6, "--batch_size", 3, "--rows", 2, "--dtype", "float32")
+
+
+def spoilt_model(tiny_model, folder, name, row):
+    """A copy of the model with a row of one weight that is not a number."""
+    shutil.copytree(tiny_model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[name][row] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "how", [(), ("--decoding", "constrained_beam", "--num_beams", 3)], ids=["greedy", "constrained beams"]
+)
+def test_prediction_stops_at_the_record(tiny_model, tokenizer, data_dir, tmp_path, how):
+    """The model is spoilt for a token that only the sixth record has."""
+    data = shutil.copytree(data_dir, tmp_path / "data")
+    edit_json(data / "test_sample.json", lambda records: records[5].update(instruction="☃"))
+    elsewhere = [tokenizer(record.prompt).input_ids for record in read_records(data_dir / "test_sample.json")]
+    elsewhere += [encode_completion(tokenizer, quote(title)) for title in load_catalogue(data_dir).titles]
+    token = (set(tokenizer("☃").input_ids) - set().union(*elsewhere)).pop()
+    model = spoilt_model(tiny_model, tmp_path / "model", "model.embed_tokens.weight", token)
+
+    flags = ("--data_dir", data, "--model_name_or_path", model, *DECODING, *how)
+    message = "^predictions: record 5: the model's logits are not finite numbers; use --dtype float32, or another"
+    with pytest.raises(InputError, match=message):
+        run_main("generate_predict_batch", *flags, "--output_dir", tmp_path / "out")
+    run = read_json(tmp_path / "out/run.json")
+    assert run["state"] == "failed" and "record 5" in run["reason"]
+    assert not list((tmp_path / "out").glob("predictions/raw_results_*.json"))
+
+
+@pytest.mark.parametrize("how", [("topk",), ("beam",), ("topk", "--constrained"), ("diverse_beam", "--constrained")])
+def test_candidates_stop_too(tiny_model, data_dir, tmp_path, how):
+    model = spoilt_model(tiny_model, tmp_path / "model", "lm_head.weight", 7)
+    flags = ("--data_dir", data_dir, "--model_name_or_path", model, *DECODING, "--candidate_source", *how)
+    with pytest.raises(InputError, match=r"^candidates, train: record [012]: the model's logits are not finite"):
+        run_main("dataset_generate_cluster_batch", *flags, "--output_dir", tmp_path / "out")
+
+
+def test_priors_that_are_not_numbers_are_not_kept(tiny_model, data_dir, tmp_path):
+    model = spoilt_model(tiny_model, tmp_path / "model", "lm_head.weight", 7)
+    flags = ("--data_dir", data_dir, "--model_name_or_path", model, *DECODING, "--decoding", "constrained_beam")
+    cache = ("--calibration", 0.5, "--cache_dir", tmp_path / "kept")
+    with pytest.raises(InputError, match="model: gives log-probabilities that are not finite numbers; use --dtype"):
+        run_main("generate_predict_batch", *flags, *cache, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "kept").exists()

@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import transformers.trainer
 from conftest import run_main
 from transformers import TrainerCallback
 
@@ -73,6 +74,55 @@ def test_a_signal_in_the_last_step_does_not_keep_a_training_from_its_end(sft, mo
     assert weights(sft("signalled")) == weights(whole)
 
 
+def end_at(monkeypatch, owner, name, call):
+    """Makes a call of a function (counted from 1) end the run, as a kill would."""
+    original, calls = getattr(owner, name), []
+
+    def ended(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, ended)
+
+
+@pytest.mark.parametrize(
+    ("flags", "owner", "name", "call", "steps"),
+    [
+        # stopped in the middle of an epoch, and the end came before final_model
+        (("--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 1), training, "save_adapter", 1, 4),
+        # the same at the end of an epoch
+        (("--eval_steps", 3, "--save_steps", 3, "--early_stopping_patience", 1), training, "save_adapter", 1, 6),
+        # after the third evaluation, when two had been without improvement
+        (
+            ("--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 3),
+            transformers.trainer,
+            "rotate_checkpoints",
+            3,
+            8,
+        ),
+        # the last step is in the middle of an epoch
+        (("--eval_steps", 2, "--save_steps", 2, "--max_steps", 4), training, "save_adapter", 1, 4),
+    ],
+)
+def test_a_training_that_was_over_is_not_taken_up_again(sft, monkeypatch, flags, owner, name, call, steps):
+    flags += ("--eval_strategy", "steps", "--save_strategy", "steps", "--num_train_epochs", 9)
+    if "--max_steps" not in flags:
+        flags += ("--greater_is_better", "true")  # and the loss falls: no evaluation after the first is better
+    whole = sft("whole", *flags)
+    with monkeypatch.context() as patched:
+        end_at(patched, owner, name, call)
+        with pytest.raises(KeyboardInterrupt):
+            sft("ended", *flags)
+    resumed = sft("ended", *flags)
+    assert weights(resumed) == weights(whole)
+    runs = [read_json(folder / "run.json")["counts"] for folder in (whole, resumed)]
+    assert runs[0]["steps"] == runs[1]["steps"] == steps
+    assert [entry["step"] for entry in runs[1]["eval_loss"]] == [entry["step"] for entry in runs[0]["eval_loss"]]
+    assert runs[0]["best_checkpoint"] == runs[1]["best_checkpoint"]
+
+
 def test_signals_wait_for_a_place_where_the_work_can_be_left():
     done = []
     before = signal.getsignal(signal.SIGUSR1)
@@ -81,6 +131,8 @@ def test_signals_wait_for_a_place_where_the_work_can_be_left():
             if batch == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             done.append(batch)
-            interrupts.leave_if_any()
+            if interrupts.received:
+                break
+        interrupts.leave_together()
     assert done == [0, 1]
     assert signal.getsignal(signal.SIGUSR1) == before

@@ -140,9 +140,11 @@ def sums_of(ranked, targets, invented, histories, genres, exposure, target_expos
 @settings(max_examples=200, deadline=None)
 @given(evaluations())
 def test_figures_equal_plain_loops(evaluation):
-    figures = sums_of(*evaluation).figures()
+    figures, expected = sums_of(*evaluation).figures(), plain_figures(*evaluation)
+    if all(target == -1 for target in evaluation[1]):
+        expected |= {name: math.nan for name in expected if name.split("_")[0] in ("NDCG", "HR", "Diversity")}
     assert list(figures) == list(HIGHER_IS_BETTER)
-    assert figures == pytest.approx(plain_figures(*evaluation), nan_ok=True, abs=1e-12)
+    assert figures == pytest.approx(expected, nan_ok=True, abs=1e-12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -186,6 +188,21 @@ def test_metrics_by_hand():
     assert figures["Gini"] == pytest.approx((-2 * 1 + 0 * 1 + 2 * 2) / (3 * 4))
     assert (figures["HR_tail"], figures["HR_head"]) == (1 / 2, 0)
     assert math.isnan(figures["HR_middle"])
+
+
+def test_what_cannot_be_computed_is_no_number():
+    """A model is not said to have no hits, or to recommend nothing, where nothing could be hit or told."""
+    ranked, genres, exposure = np.array([[0, 1], [1, 0]]), [["a"], ["b"]], [3, 1]
+    no_target = sums_of(ranked, [-1, -1], [True, False], [[0], [1]], genres, exposure, [0, 0], 2).figures()
+    assert [name for name, figure in no_target.items() if not math.isnan(figure)] == ["NotInRatio"]
+    no_genre = sums_of(ranked, [0, 0], [True, False], [[0], [1]], [["x"], ["y"]], exposure, [3, 3], 2).figures()
+    assert math.isnan(no_genre["DGU"]) and math.isnan(no_genre["MGU"]) and no_genre["HR"] == 1
+    no_hit = sums_of(ranked, [0, 0], [True, False], [[0], [1]], genres, exposure, [3, 3], 1).figures()
+    assert no_hit["HR"] == 0.5 and no_hit["HR_head"] == 0.5 and math.isnan(no_hit["HR_tail"])
+    nothing = np.full((2, 2), NOTHING)  # a history that is the whole catalogue
+    nothing = sums_of(nothing, [0, 1], [True, False], [[0, 1], [0, 1]], genres, exposure, [3, 1], 2).figures()
+    assert (nothing["HR"], nothing["Diversity"]) == (0, 0)
+    assert all(math.isnan(nothing[name]) for name in ("ORRatio", "DGU", "MGU", "Coverage", "Gini"))
 
 
 def test_gini_of_known_distributions():

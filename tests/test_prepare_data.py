@@ -319,79 +319,6 @@ def test_sprec_takes_the_whole(sprec, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def replace_line(number: int, line: str):
-    def damage(path: Path) -> None:
-        lines = path.read_text(encoding="latin-1").split("\n")
-        lines[number] = line
-        path.write_text("\n".join(lines), encoding="latin-1")
-
-    return damage
-
-
-def write(text: str):
-    return lambda path: path.write_text(text, encoding="utf-8")
-
-
-def change_record(index: int, **changes: object):
-    def damage(path: Path) -> None:
-        records = json.loads(path.read_text(encoding="utf-8"))
-        records[index] = {key: value for key, value in {**records[index], **changes}.items() if value is not None}
-        path.write_text(json.dumps(records), encoding="utf-8")
-
-    return damage
-
-
-def nothing(path: Path) -> None:
-    pass
-
-
-MOVIELENS_CASES = {
-    "missing file": ("u.genre", Path.unlink, [], "u.data, u.item, u.genre"),
-    "column missing": ("u.data", replace_line(4, "1\t2\t5"), [], "u.data: line 5: 3 columns instead of 4"),
-    "not a number": ("u.data", replace_line(0, "1\t2\tgood\t7"), [], "u.data: line 1: rating and timestamp"),
-    "not finite": ("u.data", replace_line(0, "1\t2\tnan\t7"), [], "u.data: line 1: rating must be a finite"),
-    "endless time": ("u.data", replace_line(0, "1\t2\t5\tinf"), [], "u.data: line 1: rating and timestamp"),
-    "unknown item": ("u.data", replace_line(2, "1\t99\t5\t7"), [], "u.data: line 3: item 99 is not in u.item"),
-    "empty ratings": ("u.data", write(""), [], "u.data: the file has no entry"),
-    "empty films": ("u.item", write("\n"), [], "u.item: the file has no entry"),
-    "film twice": ("u.item", replace_line(1, "1|A (1990)||||0|0|0|0|1"), [], "u.item: item 1 occurs twice"),
-    "genre is no flag": ("u.item", replace_line(1, "2|A (1990)||||0|0|0|0|x"), [], "u.item: line 2: the genre columns"),
-    "no genre": ("u.item", write("1|A (1990)||||1|0|0|0|0\n"), [], "u.item: no film has a genre"),
-    "no titles": ("u.item", write("1|unknown||||1|0|0|0|0\n"), [], "u.item: no film with a title"),
-    "too many records": ("u.data", nothing, ["--test_size", "5000"], "--test_size 5000 cannot be had"),
-    "history too long": ("u.data", nothing, ["--history_length", "90"], "there are 0 train, 0 valid, 0 test records"),
-    "no records asked for": ("u.data", nothing, ["--valid_size", "0"], "--valid_size 0: must be at least 1"),
-    "negative seed": ("u.data", nothing, ["--seed", "-1"], "--seed -1: must not be negative"),
-    "no time to train": ("u.data", nothing, ["--test_share", "0.95"], "their sum must be below 1"),
-    "no share": ("u.data", nothing, ["--valid_share", "nan"], "must be above 0"),
-    "unknown flag": ("u.data", nothing, ["--tset_size", "5"], "unknown flag --tset_size; did you mean test_size?"),
-    "another data set": ("u.data", nothing, ["--dataset", "netflix"], "netflix"),
-}
-SPREC_CASES = {
-    "no source": ("data/Goodreads/train.json", nothing, ["--source", ""], "--source"),
-    "no category": ("data/Goodreads/train.json", nothing, ["--category", "Steam"], "data/Steam: no such folder"),
-    "missing file": ("data/Goodreads/valid.json", Path.unlink, [], "valid.json: no such file"),
-    "invalid JSON": ("data/Goodreads/test.json", write("[\n{,}]"), [], "test.json: invalid JSON at line 2"),
-    "not a list": ("data/Goodreads/test.json", write("{}"), [], "test.json: expected a JSON list"),
-    "empty list": ("data/Goodreads/test.json", write("[]"), [], "test.json: the list is empty"),
-    "not an object": ("data/Goodreads/test.json", write("[7]"), [], "test.json: record 0"),
-    "key missing": ("data/Goodreads/train.json", change_record(3, output=None), [], "record 3: 'output' is missing"),
-    "not text": ("data/Goodreads/train.json", change_record(3, input=["A"]), [], "record 3: instruction, input"),
-    "target unquoted": ("data/Goodreads/train.json", change_record(5, output="Emma"), [], "record 5: output must be"),
-    "history unquoted": ("data/Goodreads/train.json", change_record(5, input="Emma"), [], "record 5: input must hold"),
-    "another category's catalogue": (
-        "data/Goodreads/valid.json",
-        write(json.dumps([{"instruction": "i", "input": '"A"', "output": '"B"'}])),
-        [],
-        "valid.json: no target is in name2genre.json",
-    ),
-    "empty catalogue": ("eval/Goodreads/name2genre.json", write("{}"), [], "name2genre.json: expected a JSON object"),
-    "gap in the ids": ("eval/Goodreads/id2name.json", write('{"1": "A"}'), [], "id2name.json: id 0 is missing"),
-    "genres are text": ("eval/Goodreads/name2genre.json", write('{"A": "x"}'), [], "name2genre.json: 'A': genres must"),
-    "too many records": ("data/Goodreads/train.json", nothing, ["--train_size", "99999"], "--train_size 99999 cannot"),
-}
-
-
 def check_refusal(capsys, monkeypatch, flags: list, message: str, root: Path) -> None:
     """Exit code 2, one line on stderr with the message, and not a file added or changed."""
     before = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
@@ -402,44 +329,6 @@ def check_refusal(capsys, monkeypatch, flags: list, message: str, root: Path) ->
     assert ended.value.code == 2
     assert error.startswith("prepare_data.py: error: ") and error.count("\n") == 1 and message in error, error
     assert {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()} == before
-
-
-@pytest.mark.parametrize("case", MOVIELENS_CASES)
-def test_bad_movielens(case, grouplens, tmp_path, capsys, monkeypatch):
-    name, damage, flags, message = MOVIELENS_CASES[case]
-    damage(grouplens / name)
-    flags = ["--source", grouplens, *TOY_SIZES, "--output_dir", tmp_path / "out", *flags]
-    check_refusal(capsys, monkeypatch, flags, message, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("case", SPREC_CASES)
-def test_bad_sprec(case, sprec, tmp_path, capsys, monkeypatch):
-    name, damage, flags, message = SPREC_CASES[case]
-    damage(sprec / name)
-    sizes = ["--train_size", "10", "--valid_size", "10", "--test_size", "10"]
-    flags = ["--dataset", "sprec", "--source", sprec, *sizes, "--output_dir", tmp_path / "out", *flags]
-    check_refusal(capsys, monkeypatch, flags, message, tmp_path)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "name, text, message",
-    [
-        ("ml-100k.inter", "user\titem\n", "ml-100k.inter: line 1: expected the header user_id"),
-        ("ml-100k.item", "", "ml-100k.item: line 1: expected the header item_id"),
-    ],
-)
-def test_bad_header(name, text, message, tmp_path, capsys, monkeypatch):
-    source = write_atomic(tmp_path / "atomic", TOY_FILMS, toy_ratings())
-    (source / name).write_text(text)
-    check_refusal(capsys, monkeypatch, ["--source", source, "--output_dir", tmp_path / "out"], message, tmp_path)
-
-
-def test_bad_config(tmp_path, capsys, monkeypatch):
-    (tmp_path / "own.yaml").write_text("trainsize: 10\n")
-    flags = ["--config", tmp_path / "own.yaml", "--output_dir", tmp_path / "out"]
-    check_refusal(capsys, monkeypatch, flags, "unknown key 'trainsize'; did you mean train_size?", tmp_path)
 
 
 def test_the_data_set_that_ships_is_safe(grouplens, capsys, monkeypatch):

@@ -137,7 +137,7 @@ def test_a_quoted_word_of_the_instruction_is_no_title(tokenizer):
 
 def test_a_prompt_that_cannot_fit_names_the_remedy(tokenizer):
     prompt = build_prompt('Answer as "title".', history_input(["Emma"]))
-    with pytest.raises(InputError, match="without any title, 10 fit; give a greater --max_length"):
+    with pytest.raises(InputError, match="without any title, 10 fit beside its answer; give a greater --max_length"):
         encode_prompt(tokenizer, prompt, 10)
     with pytest.raises(InputError, match="0 fit"):
         encode_prompt(tokenizer, build_prompt("Do.", ""), -5)

@@ -1,7 +1,6 @@
 """report.py as a user runs it, its words, its escaping, and pictures in which nothing hides anything else."""
 
 import base64
-import json
 import re
 import shutil
 from dataclasses import replace
@@ -547,59 +546,3 @@ def test_figures_of_nothing_and_without_intervals():
     methods[0].estimates["NDCG@10"] = Estimate(0.0, None, None, None)
     with matplotlib.rc_context(STYLE):
         assert hidden(plot_accuracy_diversity(methods, "SFT", 10)) == ([], [])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What is refused
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def spoil_per_user(folder):
-    (file,) = (folder / "per_user").glob("*/SFT.json")
-    content = read_json(file)
-    del content["users"][3]["recommended"]
-    write_json(file, content)
-
-
-def spoil_log(folder):
-    (folder / "runs" / "run_0" / "training_log.json").write_text(json.dumps([{"loss": 1}]))
-
-
-def spoil_checkpoint(folder):
-    write_json(folder / "runs" / "run_1" / "checkpoint-10" / "trainer_state.json", {})
-
-
-def spoil_candidates(folder):
-    run = read_json(folder / "cluster_exposure" / "run.json")
-    write_json(folder / "cluster_exposure" / "run.json", run | {"counts": {}})
-
-
-@pytest.mark.parametrize(
-    ("spoil", "flags", "message"),
-    [
-        (None, ["--results_csv", "none.csv"], "none.csv: no such file; evaluate.py writes it"),
-        (None, ["--dataset", "Books"], "has no data set 'Books'; it has classics"),
-        (None, ["--k", "7"], "has no figures at k 7, but at 5, 10; give --k"),
-        (None, ["--k", "0"], "--k 0: must be at least 1"),
-        (None, ["--published", "none.csv"], "none.csv: no such file; give --published a CSV with a column Model"),
-        (None, ["--published", "results.json"], "results.json: has no column Model"),
-        (lambda folder: (folder / "results.csv").write_text("Dataset,Model\n"), [], "results.csv: has no rows"),
-        (spoil_per_user, [], "classics, SFT: user 3: 'recommended' must be a list of titles; evaluate again"),
-        (spoil_log, [], "training_log.json: record 0: 'step' is missing"),
-        (spoil_checkpoint, [], "trainer_state.json: has no list 'log_history'"),
-        (spoil_candidates, [], "run.json: does not count rounds as dataset_generate_cluster_batch.py does"),
-    ],
-)
-def test_bad_input(spoil, flags, message, results, tmp_path, monkeypatch):
-    folder = shutil.copytree(results, tmp_path / "results")
-    for file in (folder / "per_user").glob("*/*.json"):  # of the copy, not of the original
-        file.write_text(file.read_text().replace(str(results), str(folder)))
-    (folder / "results.json").write_text("{}")
-    if spoil:
-        spoil(folder)
-    before = listing(folder)
-    monkeypatch.chdir(folder)
-    with pytest.raises(InputError) as raised:
-        run_main("report", "--results_csv", "results.csv", "--output_dir", "out", *flags)
-    assert message in str(raised.value) and "\n" not in str(raised.value)
-    assert listing(folder) == before

@@ -142,7 +142,7 @@ def test_names_cannot_become_formulas(tmp_path):
     ("contents", "message"),
     [
         (b"a,b\n1,2\n", "no columns Dataset and Model"),
-        (b"Dataset,Model\nBooks,\xe9\n", "not UTF-8"),
+        (b"Dataset,Model\nBooks,\xe9\n", "cannot be read as UTF-8 text"),
         (b"Dataset,Model\nBooks," + b"x" * 200_000 + b"\n", "cannot be read as CSV"),
     ],
 )
@@ -254,7 +254,9 @@ def test_the_table_on_a_terminal_without_arrows(tmp_path):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=2, max_size=2))
+@given(
+    st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=16).filter(str.strip), min_size=2, max_size=2)
+)
 def test_names_of_files_per_user_are_safe_and_tell_rows_apart(names):
     folder = PROJECT / "out"
     files = [per_user_file(folder / "r.csv", name, name) for name in names]
@@ -272,8 +274,10 @@ def test_names_that_would_leave_the_folder(tmp_path, name):
 
 
 def test_a_name_too_long_for_a_file_is_said(tmp_path):
+    with pytest.raises(InputError, match="is too long for the name of a file; give a shorter --dataset or --method"):
+        per_user_file(tmp_path / "r.csv", "Books", "x" * 300)
     with pytest.raises(InputError, match="cannot be written: File name too long"):
-        write_per_user(per_user_file(tmp_path / "r.csv", "Books", "x" * 300), {})
+        write_per_user(tmp_path / f"{'x' * 300}.json", {})
 
 
 def per_user(path, method, ranks, *, users=None, targets=None, topk=(5,), write=True):
@@ -317,7 +321,7 @@ def per_user(path, method, ranks, *, users=None, targets=None, topk=(5,), write=
         (
             '{"dataset": "B", "method": "M", "topk": [5], '
             '"users": [{"user": "", "target": "T", "hit": {"5": 1}, "ndcg": {}}]}',
-            "user 0: 'hit' and 'ndcg' must hold a number for k 5",
+            "user 0: 'hit' and 'ndcg' must hold a number from 0 to 1 for k 5",
         ),
     ],
 )

@@ -94,7 +94,14 @@ def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, *
     dataset, _ = tokenize_records(tokenizer, pairs, 1024, label_history=weight > 0)
     return trainer(
         model=get_peft_model(load_model(tiny_model), config),
-        args=SFTArguments(output_dir=str(folder), save_strategy="no", logging_steps=1, warmup_steps=0, **arguments),
+        args=SFTArguments(
+            output_dir=str(folder),
+            save_strategy="no",
+            logging_steps=1,
+            warmup_steps=0,
+            activation_checkpointing=False,
+            **arguments,
+        ),
         train_dataset=dataset,
         eval_dataset=dataset,
         processing_class=tokenizer,

@@ -1,13 +1,16 @@
-"""The alignment stage under `accelerate launch` with two processes: ragged lists, accumulation, an overflow."""
+"""Training by two processes: DDP with ragged lists, accumulation and an overflow; FSDP. And the launchers."""
 
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_main
+import yaml
+from conftest import listing, run_main
+from processes import finish, start_processes
 from safetensors.torch import load_file
 
 from utils import PROJECT, read_json, write_json
@@ -35,38 +38,103 @@ def arguments(tiny_model, tmp_path):
     )
 
 
-def launch_two(*arguments):
-    # without MPI, accelerate starts several processes only as for GPUs; the script's own flags keep them on the CPU
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    script = [str(PROJECT / "DPO_from_dpoData.py"), "--use_cpu", "true", "--ddp_backend", "gloo"]
-    return subprocess.run(
-        [*launch, *script, *map(str, arguments)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+# Lets accelerate split weights among processes on the CPU, which it does among GPUs only
+SPLIT_ON_CPU = f"""
+import runpy, sys, torch, accelerate.state
+from accelerate.utils import DistributedType
+torch.distributed.init_process_group("gloo")
+barrier = torch.distributed.barrier
+torch.distributed.barrier = lambda **devices: barrier()
+accelerate.state.PartialState._prepare_backend = lambda state, *args: ("gloo", DistributedType.MULTI_GPU)
+accelerate.state.PartialState.set_device = lambda state: vars(state).update(device=torch.device("cpu"))
+sys.path.insert(0, {str(PROJECT)!r})
+sys.argv[0] = {str(PROJECT / "sft_smol.py")!r}
+import cebs.training
+train = cebs.training.train_until_interrupted
+def train_and_tell(trainer, checkpoint):
+    result = train(trainer, checkpoint)
+    print("weights:", {{type(weight).__name__ for weight in trainer.model.parameters()}})
+    return result
+cebs.training.train_until_interrupted = train_and_tell
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
-def test_two_processes_equal_one(arguments, tmp_path):
-    data = ("--train_data", tmp_path / "lists.json", "--valid_data", tmp_path / "lists.json")
-    arguments = (*arguments, *data, "--learning_rate", "0.5", "--sft_weight", "0.5")
-    run_main("DPO_from_dpoData", *arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
-    result = launch_two(*arguments, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "1")
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert read_json(tmp_path / "two" / "run.json")["state"] == "done"
-    ours, theirs = (load_file(tmp_path / name / "final_model" / "adapter_model.safetensors") for name in ("one", "two"))
+def launch_two(launcher, script, *arguments):
+    words = [sys.executable, "-m", *launcher, PROJECT / script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=180)
+
+
+def assert_same_adapter(one: Path, two: Path) -> None:
+    ours, theirs = (load_file(folder / "final_model" / "adapter_model.safetensors") for folder in (one, two))
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], atol=2e-3, rtol=1e-2, msg=name)
+
+
+def test_alignment_by_two_processes_equals_one(arguments, tmp_path):
+    data = ("--train_data", tmp_path / "lists.json", "--valid_data", tmp_path / "lists.json")
+    arguments = (*arguments, *data, "--learning_rate", "0.5", "--sft_weight", "0.5")
+    run_main("DPO_from_dpoData", *arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
+    more = ("--output_dir", "two", "--per_device_train_batch_size", "1", "--use_cpu", "true", "--ddp_backend", "gloo")
+    codes, told = finish(start_processes(2, "DPO_from_dpoData.py", *arguments, *more, cwd=tmp_path))
+    assert codes == [0, 0], told
+    assert read_json(tmp_path / "two" / "run.json")["state"] == "done"
+    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.fixture
+def sft(tiny_model, data_dir, tmp_path):
+    """SFT by one process, and its arguments for two."""
+    arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--lora_dropout", "0", "--optim", "sgd")
+    arguments += ("--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--warmup_steps", "0")
+    arguments += ("--history_loss_weight", "0.5")
+    run_main("sft_smol", *arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "4")
+    return (*arguments, "--per_device_train_batch_size", "2", "--use_cpu", "true", "--ddp_backend", "gloo")
+
+
+def test_fine_tuning_by_two_processes_equals_one(sft, tmp_path):
+    codes, told = finish(start_processes(2, "sft_smol.py", *sft, "--output_dir", "two", cwd=tmp_path))
+    assert codes == [0, 0], told
+    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+def test_fine_tuning_with_split_weights_equals_one_process(sft, tmp_path):
+    """`configs/accelerate/fsdp.yaml` on the CPU: the adapter is gathered and saved whole."""
+    config = yaml.safe_load((PROJECT / "configs/accelerate/fsdp.yaml").read_text(encoding="utf-8"))
+    settings = {name.upper(): str(value) for name, value in config["fsdp_config"].items()}
+    (tmp_path / "split.py").write_text(SPLIT_ON_CPU)
+    processes = start_processes(
+        *(2, tmp_path / "split.py", *sft, "--output_dir", "two"), cwd=tmp_path, ACCELERATE_USE_FSDP="true", **settings
+    )
+    codes, told = finish(processes)
+    assert codes == [0, 0], told
+    assert "weights: {'DTensor'}" in told[0][0], told[0]
+    assert_same_adapter(tmp_path / "one", tmp_path / "two")
+
+
+def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path):
+    words = [word for word in sft if word not in ("--use_cpu", "--ddp_backend", "gloo")]
+    words.remove("true")
+    codes, told = finish(start_processes(2, "sft_smol.py", *words, "--output_dir", "two", cwd=tmp_path))
+    assert codes == [2, 2] and "2 processes do not find each other; without GPUs" in told[0][1], told
+    assert not (tmp_path / "two").exists()
+
+
+# --- the launchers ---
 
 
 def test_two_processes_stop_together(arguments, tmp_path):
     """A loss of TRL's own, at a learning rate that overflows: nobody waits for ever, the records of both are named."""
     data = ("--train_data", tmp_path / "pairs.json", "--valid_data", tmp_path / "pairs.json")
     more = ("--loss_type", "ipo", "--learning_rate", "1e38", "--per_device_train_batch_size", "1")
-    result = launch_two(*arguments, *data, *more, "--output_dir", tmp_path / "out")
+    config = PROJECT / "configs/accelerate/cpu.yaml"
+    result = launch_two(
+        ["accelerate.commands.launch", "--config_file", config],
+        "DPO_from_dpoData.py",
+        *(*arguments, *data, *more, "--output_dir", tmp_path / "out", "--use_cpu", "true", "--ddp_backend", "gloo"),
+    )
     assert result.returncode != 0
     # one line from each process, if the launcher leaves the slower one the time to write it
     complaints = {line.partition("error: ")[2] for line in result.stderr.splitlines() if "error: step 2: " in line}
@@ -74,3 +142,12 @@ def test_two_processes_stop_together(arguments, tmp_path):
     (records,) = re.findall("the loss is nan on training records ([0-7]), ([0-7]); ", *complaints)
     assert records[0] < records[1]
     assert read_json(tmp_path / "out" / "run.json")["state"] == "failed"
+
+
+def test_predictions_under_torchrun(tiny_model, data_dir, tmp_path):
+    flags = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--max_new_tokens", "8", "--batch_size", "3")
+    run_main("generate_predict_batch", *flags, "--output_dir", tmp_path / "one")
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = launch_two(launcher, "generate_predict_batch.py", *flags, "--output_dir", tmp_path / "two")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert listing(tmp_path / "two" / "predictions") == listing(tmp_path / "one" / "predictions")

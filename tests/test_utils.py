@@ -89,7 +89,7 @@ def test_defaults_then_config_then_flags(parse, tmp_path):
         (["--rows", "0"], "--rows 0: must be at least 1"),
         (["--limit", "-1"], "--limit -1: must be at least 1"),
         (["--config"], "--config: expected the path of a YAML file"),
-        (["--config", "a.yaml", "--config", "b.yaml"], "a.yaml: cannot be read as YAML"),
+        (["--config", "a.yaml", "--config", "b.yaml"], "a.yaml: no such file"),
     ],
 )
 def test_a_bad_command_line_is_named_in_one_line(parse, args, complaint):
@@ -121,7 +121,7 @@ def test_a_bad_config_is_named_in_one_line(parse, tmp_path, text, complaint):
 
 
 def test_missing_config_and_bad_defaults(parse, tmp_path):
-    with pytest.raises(InputError, match="nowhere.yaml: cannot be read as YAML"):
+    with pytest.raises(InputError, match="nowhere.yaml: no such file; give --config the path of a YAML file"):
         parse("--config", tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match="give one YAML file"):
         parse("--config", config(tmp_path, "rows: 3"), "--config", tmp_path / "mine.yaml")
@@ -539,7 +539,7 @@ def test_an_adapter_of_another_shape_without_its_fingerprint(damaged, tiny_model
     (damaged / "base_model.json").unlink()
     check_adapter(damaged, tiny_model)
     tensors = load_file(damaged / ADAPTER_WEIGHTS)
-    save_file({name: tensor.repeat(2, 2) for name, tensor in tensors.items()}, damaged / ADAPTER_WEIGHTS)
+    save_file({name: tensor.repeat(1, 2) for name, tensor in tensors.items()}, damaged / ADAPTER_WEIGHTS)
     with pytest.raises(InputError, match="final_model: does not fit the base model") as error:
         load_model(tiny_model, adapter=str(damaged))
     assert "\n" not in str(error.value)

@@ -139,10 +139,12 @@ def read_per_user_files(methods: Sequence[Method], table: ResultsTable, results_
 def _check_origin(content: dict[str, Any]) -> None:
     place = f"the file per user of {content['dataset']}, {content['method']}"
     predictions = content.get("predictions")
-    if not isinstance(content.get("data_dir"), str) or not isinstance(predictions, dict) or "file" not in predictions:
+    file = predictions.get("file") if isinstance(predictions, dict) else None
+    if not isinstance(content.get("data_dir"), str) or not isinstance(file, str):
         raise InputError(f"{place}: does not say where it comes from (data_dir, predictions); evaluate again")
     for index, user in enumerate(content["users"]):
-        if not isinstance(user.get("recommended"), list):
+        titles = user.get("recommended")
+        if not isinstance(titles, list) or not all(isinstance(title, str) for title in titles):
             raise InputError(f"{place}: user {index}: 'recommended' must be a list of titles; evaluate again")
 
 
@@ -293,17 +295,26 @@ def read_training_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         `InputError`: if the file has another form.
     """
-    if path.name == "training_log.json":
-        return read_list(path, ["step"])
-    state = read_json(path)
-    if not isinstance(state, dict) or not isinstance(state.get("log_history"), list):
-        raise InputError(f"{path}: has no list 'log_history'; remove the checkpoint, which was cut short")
-    return state["log_history"]
+    log = read_json(path, finite=False)
+    if path.name != "training_log.json":
+        log = log.get("log_history") if isinstance(log, dict) else None
+        if not isinstance(log, list):
+            raise InputError(f"{path}: has no list 'log_history'; remove the checkpoint, which was cut short")
+    if not isinstance(log, list):
+        raise InputError(f"{path}: expected a JSON list; train again")
+    for index, entry in enumerate(log):
+        if not isinstance(entry, dict) or type(entry.get("step")) is not int:
+            raise InputError(f"{path}: record {index}: 'step' must be a whole number; train again")
+    return log
 
 
 def curve(log: Iterable[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Returns the steps and values of one quantity of a training log: `curve(log, "rewards/margins")`."""
-    points = [(entry["step"], entry[name]) for entry in log if isinstance(entry.get(name), int | float)]
+    points = [
+        (entry["step"], entry[name])
+        for entry in log
+        if type(entry.get(name)) in (int, float) and math.isfinite(entry[name])
+    ]
     return [step for step, _ in points], [value for _, value in points]
 
 

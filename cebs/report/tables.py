@@ -1,5 +1,6 @@
 """The tables of a report, and the sentences that say what they rest on and what can be seen in them."""
 
+import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,7 @@ import pandas as pd
 
 from cebs.metrics import EXPOSURE_GROUPS, HIGHER_IS_BETTER
 from cebs.report.inputs import Estimate, Material, Method, comparable_methods, named
-from utils import InputError
+from utils import InputError, read_text
 
 # Tables of figures: file, title, and the metrics that are its columns
 FIGURE_TABLES = (
@@ -298,12 +299,11 @@ def published_table(path: str | Path) -> Table:
     Raises:
         `InputError`: if it cannot be read, or has no column Model.
     """
+    text = read_text(path, missing="give --published a CSV with a column Model")
     try:
-        frame = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file; give --published a CSV with a column Model") from error
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path}: cannot be read as CSV in UTF-8: {' '.join(str(error).split())}") from error
+        frame = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise InputError(f"{path}: cannot be read as CSV: {' '.join(str(error).split())}; mend the file") from error
     if "Model" not in frame.columns:
         raise InputError(f"{path}: has no column Model; give --published a CSV with one row a method")
     arrows = {True: "up", False: "down", None: ""}
