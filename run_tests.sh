@@ -4,6 +4,8 @@
 #   ./run_tests.sh                       all of them, under 10 minutes on two cores
 #   ./run_tests.sh tests/test_metrics.py -k ndcg
 #
+# RESOLVE=1 ./run_tests.sh tests/test_supply.py checks that a fresh environment resolves to the pins.
+#
 # What needs the real model, Goodreads in ../shared or the network runs where these are there, and says when it is skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
