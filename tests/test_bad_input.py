@@ -692,7 +692,7 @@ BAD_ARGUMENTS = [
     (("movielens",), ("--valid_size", "0"), "--valid_size 0: must be at least 1"),
     (("movielens",), ("--seed", "-1"), "--seed -1: must not be negative"),
     (("movielens",), ("--test_share", "0.95"), "their sum must be below 1"),
-    (("movielens",), ("--valid_share", "nan"), "--valid_share and --test_share must be above 0"),
+    (("movielens",), ("--valid_share", "nan"), "--valid_share nan: must be a number"),
     (("movielens",), ("--tset_size", "5"), "unknown flag --tset_size; did you mean test_size?"),
     (("sprec",), ("--source", ""), "--source: --dataset sprec needs the folder that holds data/ and eval/"),
     (("sprec",), ("--category", "Steam"), "sprec/data/Steam: no such folder"),
