@@ -258,21 +258,28 @@ def test_a_full_disk_and_a_read_only_one(stages, name, small_disk, tmp_path, cap
     assert stage.outcome(disk / "run") == stage.outcome(tmp_path / "whole")
 
 
-def test_a_folder_that_vanishes(stages, tmp_path, monkeypatch, capsys):
-    """After the second batch; what comes back is a folder without the batches, so that the run begins anew."""
-    stage = stages["predict"]
-    stage.run(tmp_path / "whole")
+@contextlib.contextmanager
+def after_two_batches(monkeypatch, happens):
+    """Calls `happens` as soon as two batches are in the journal."""
     from cebs.generation import Journal
 
     append = Journal.append
 
-    def append_and_vanish(journal, *args):
+    def append_and_go_on(journal, *args):
         append(journal, *args)
         if len(journal.batches) == 2:
-            shutil.rmtree(tmp_path / "run")
+            happens()
 
     with monkeypatch.context() as patched:
-        patched.setattr(Journal, "append", append_and_vanish)
+        patched.setattr(Journal, "append", append_and_go_on)
+        yield
+
+
+def test_a_folder_that_vanishes(stages, tmp_path, monkeypatch, capsys):
+    """After the second batch; what comes back is a folder without the batches, so that the run begins anew."""
+    stage = stages["predict"]
+    stage.run(tmp_path / "whole")
+    with after_two_batches(monkeypatch, lambda: shutil.rmtree(tmp_path / "run")):
         fails_in_one_line(stage, tmp_path / "run", capsys, "No such file or directory; see where it has gone")
     stage.run(tmp_path / "run")
     assert stage.outcome(tmp_path / "run") == stage.outcome(tmp_path / "whole")
@@ -281,20 +288,14 @@ def test_a_folder_that_vanishes(stages, tmp_path, monkeypatch, capsys):
 def test_a_folder_that_turns_read_only(stages, tmp_path, monkeypatch, capsys):
     stage = stages["predict"]
     stage.run(tmp_path / "whole")
-    from cebs.generation import Journal
 
-    append = Journal.append
-
-    def append_and_freeze(journal, *args):
-        append(journal, *args)
-        if len(journal.batches) == 2:
-            command = ["chattr", "+i", tmp_path / "run/predictions"]
-            if subprocess.run(command, capture_output=True).returncode:
-                pytest.skip("a folder cannot be made immutable here: chattr +i fails")
+    def freeze():
+        command = ["chattr", "+i", tmp_path / "run/predictions"]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a folder cannot be made immutable here: chattr +i fails")
 
     try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Journal, "append", append_and_freeze)
+        with after_two_batches(monkeypatch, freeze):
             fails_in_one_line(stage, tmp_path / "run", capsys, "not permitted; make the folder writable")
     finally:
         subprocess.run(["chattr", "-i", tmp_path / "run/predictions"], capture_output=True)
