@@ -1,6 +1,5 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from utils import (
     has_fast_bf16,
     is_main_process,
     load_model,
+    read_json,
     save_adapter,
     write_json,
 )
@@ -261,13 +261,13 @@ def remove_cut_short(folder: Path) -> None:
     for checkpoint in folder.glob("checkpoint-*"):
         try:
             read_trainer_state(checkpoint)
-        except (OSError, ValueError):
+        except InputError:
             shutil.rmtree(checkpoint)
 
 
 def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Reads what the trainer wrote; `read_json` would refuse the NaN that the norm of a step's gradients may be."""
-    return json.loads((checkpoint / "trainer_state.json").read_bytes())
+    """Reads what the trainer wrote; the norm of a step's gradients may be NaN."""
+    return read_json(checkpoint / "trainer_state.json", finite=False)
 
 
 def prepare_to_go_on(args: TrainingArguments, checkpoint: str) -> None:
