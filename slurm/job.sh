@@ -15,8 +15,8 @@
 
 max_restarts=100 # a job whose time limit leaves it no time to work would go round for ever
 
-step= notice=
-trap 'notice=1; [[ -z $step ]] || kill -USR1 "$step"' USR1
+step= notices=0
+trap 'notices=$((notices + 1)); [[ -z $step ]] || kill -USR1 "$step"' USR1
 
 [[ ! -f slurm/site.env ]] || source slurm/site.env
 VENV=${VENV:-.venv}
@@ -37,22 +37,23 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 run() {
-  local status
+  local status heard
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || set -- "${@//%a/$SLURM_ARRAY_TASK_ID}"
   echo "== job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, $(date +%FT%T): $*"
   SECONDS=0
   "$@" &
   step=$!
-  while true; do # the trap ends a wait before the script has ended
+  while true; do # a notice ends a wait before the script has ended; a second one finds the exit code even after the end
+    heard=$notices
     wait "$step"
     status=$?
-    ((status == 128 + $(kill -l USR1))) && kill -0 "$step" 2>/dev/null || break
+    ((notices > heard)) || break
   done
 
   if ((status == 0)); then
     leave_note "$@" || return
     echo "== done after $SECONDS s"
-  elif [[ -n $notice ]] && ((${SLURM_RESTART_COUNT:-0} < max_restarts)); then
+  elif ((notices > 0 && ${SLURM_RESTART_COUNT:-0} < max_restarts)); then
     echo "== interrupted after $SECONDS s, back into the queue"
     scontrol requeue "$SLURM_JOB_ID" && sleep 60 # which does not return: requeueing ends this shell
     echo "== interrupted after $SECONDS s, and not requeued; submitted again, it goes on from there"
