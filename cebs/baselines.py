@@ -11,8 +11,8 @@ from scipy.sparse import csr_array, diags_array
 
 from cebs.catalogue import exposure_counts
 from cebs.metrics import NOT_IN_CATALOGUE
+from cebs.processes import record_seed
 from cebs.prompts import Record
-from utils import record_seed
 
 # scores of all titles, [N, M], from the histories of N records and the place of the first of them in its file
 Scorer = Callable[[Sequence[Sequence[int]], int], np.ndarray]

@@ -19,10 +19,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from cebs.branches import shared_rows, token_log_probs
+from cebs.errors import InputError
+from cebs.files import sha256
 from cebs.kept import kept_file, read_kept, write_kept
+from cebs.models import base_fingerprint
+from cebs.runs import ADAPTER_WEIGHTS
 from cebs.sources import MODELS
 from cebs.trie import TokenTrie, title_paths
-from utils import ADAPTER_WEIGHTS, InputError, base_fingerprint, sha256
 
 PRIORS_CACHE = MODELS / ".priors"
 TITLES_AT_ONCE = 32  # in one row: some 450 tokens, enough to keep the matrix units busy

@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cebs.errors import InputError
+from cebs.files import read_json
 from cebs.prompts import Record
-from utils import InputError, read_json
 
 CLUSTER_SIZE = 3
 CATALOGUE_FILES = ("name2genre.json", "name2id.json", "id2name.json", "genre_dict.json")

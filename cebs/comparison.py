@@ -37,9 +37,12 @@ from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
+from cebs.commands import OneLineParser
+from cebs.errors import InputError, errors_in_one_line
+from cebs.files import PROJECT, write_text
+from cebs.models import DEFAULT_MODEL
 from cebs.plan import SIZE_NAMES, Plan, Settings, Stage, read_description, slug
 from cebs.results import aggregate_seeds, print_results, read_results
-from utils import DEFAULT_MODEL, PROJECT, InputError, OneLineParser, errors_in_one_line, write_text
 
 
 def main(args: argparse.Namespace) -> int:
@@ -305,7 +308,7 @@ def relative(path: str) -> str:
 def run_command(
     parser: argparse.ArgumentParser, main: Callable[[argparse.Namespace], int], words: list[str] | None = None
 ) -> NoReturn:
-    """Parses the command line and calls `main` in the project's folder; errors end as in `utils.run_script`."""
+    """Parses the command line and calls `main` in the project's folder; errors end as in `cebs.commands.run_script`."""
     with errors_in_one_line(parser.prog):
         args = parser.parse_args(words)
         for name in ("data_dir", "model_name_or_path", "encoder", "description"):

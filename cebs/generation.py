@@ -16,20 +16,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cebs.branches import NotFiniteError, beam_search, greedy, sample_until
+from cebs.commands import check_counts
+from cebs.errors import InputError
 from cebs.interrupts import deferred_interrupts
 from cebs.memory import decode_within_memory
+from cebs.models import ModelArguments, load_for_inference, load_tokenizer, token_limit
+from cebs.processes import connect_processes
 from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote, say_shortened
+from cebs.runs import Run
 from cebs.trie import TokenTrie, build_trie
-from utils import (
-    InputError,
-    ModelArguments,
-    Run,
-    check_counts,
-    connect_processes,
-    load_for_inference,
-    load_tokenizer,
-    token_limit,
-)
 
 
 @dataclass(kw_only=True)
@@ -223,7 +218,7 @@ class Decoder:
     """A model and its tokenizer, from text to text; all decoding goes through `cebs.branches`.
 
     Args:
-        model (`PreTrainedModel`, *optional*): as `utils.load_for_inference` returns it; without it, texts alone.
+        model (`PreTrainedModel`, *optional*): as `cebs.models.load_for_inference` returns it; without it, texts alone.
         tokenizer (`PreTrainedTokenizerBase`): of the base model.
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         max_new_tokens (`int`): most tokens of an answer.

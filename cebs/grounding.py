@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cebs.errors import InputError
+from cebs.files import sha256
 from cebs.kept import kept_file, read_kept, write_kept
 from cebs.sources import MODELS
-from utils import InputError, sha256
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer

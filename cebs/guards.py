@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from utils import ADAPTER_WEIGHTS, InputError
+from cebs.errors import InputError
+from cebs.runs import ADAPTER_WEIGHTS
 
 RECORD = "record"  # in the rows of a data set and in batches: the record's number in its file, from 0
 

@@ -1,6 +1,6 @@
 """A scheduler's signals as requests to stop where nothing is lost: after an optimiser step, after a batch.
 
-Where nothing else is said they end a run at once (`utils.run_folder`). Long work that can be left at certain places
+Where nothing else is said they end a run at once (`cebs.runs.run_folder`). Long work that can be left at certain places
 only takes note of them, and leaves there by a `KeyboardInterrupt`, as after Ctrl-C: exit code 130.
 """
 
@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from utils import INTERRUPT_SIGNALS
+from cebs.runs import INTERRUPT_SIGNALS
 
 
 class Interrupts:

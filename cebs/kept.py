@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from utils import written_whole
+from cebs.files import written_whole
 
 
 def kept_file(folder: Path, depends_on: Any) -> Path:

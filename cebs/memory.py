@@ -12,7 +12,8 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import TrainingArguments
 
-from utils import InputError, Run
+from cebs.errors import InputError
+from cebs.runs import Run
 
 Result = TypeVar("Result")
 Size = TypeVar("Size")

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from cebs.catalogue import Catalogue, exposure_counts, interest_cluster
+from cebs.errors import InputError
+from cebs.processes import record_seed
 from cebs.prompts import NO_PREDICTION, Record
 from cebs.selectors import Selector
-from utils import InputError, record_seed
 
 # rules 3 and 5 draw under names of their own, any other selector under its pool and order
 RULES = {("in", "first"): "hard", ("out", "low_exposure"): "long_tail"}

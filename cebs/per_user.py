@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from utils import InputError, read_json, write_json, written_whole
+from cebs.errors import InputError
+from cebs.files import read_json, write_json, written_whole
 
 FOLDER = "per_user"
 LONGEST_NAME = 200  # signs of a file's name, which most file systems limit to 255 bytes

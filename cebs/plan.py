@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cebs.errors import InputError
+from cebs.files import read_yaml
 from cebs.selectors import parse_negatives
-from utils import InputError, read_yaml
 
 SIZE_NAMES = ("train", "preferences", "valid", "test")
 SECTIONS = {"sizes": dict, "rows": dict, "main_job": list, "candidates": dict, "flags": dict, "seconds": dict}

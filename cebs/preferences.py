@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from cebs.catalogue import CATALOGUE_FILES
-from cebs.prompts import Record, quote
-from utils import InputError, RunArguments, read_list, read_records
+from cebs.commands import RunArguments
+from cebs.errors import InputError
+from cebs.files import read_list
+from cebs.prompts import Record, quote, read_records
 
 SPLITS = ("train", "valid")
 

@@ -8,10 +8,14 @@ import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
+from cebs.errors import InputError
+from cebs.files import read_list
 
-from utils import InputError
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 QUOTED = re.compile(r'"([^"]*)"')
 OLDEST_TITLE = re.compile(r'"[^"]*"(?:\s*,\s*)?')
@@ -52,6 +56,44 @@ class Record:
         return {name: value for name, value in asdict(self).items() if value or name != "user"}
 
 
+def read_records(path: str | Path) -> list[Record]:
+    """Reads a `{train,valid,test}_sample.json` file.
+
+    Raises:
+        `InputError`: naming the file and the first record that has no quoted target or another type than text, whose
+            input has a quote too many, or whose `user` (optional) is neither text nor a number.
+    """
+    records = []
+    for index, raw in enumerate(read_list(path, ("instruction", "input", "output"))):
+        texts = [raw[key] for key in ("instruction", "input", "output")]
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{path}: record {index}: instruction, input and output must be text")
+        output = raw["output"].strip()
+        if len(output) < 3 or not (output.startswith('"') and output.endswith('"')):
+            raise InputError(
+                f"{path}: record {index}: output must be the target title in double quotes, not {output!r}"
+            )
+        if raw["input"].count('"') % 2:
+            raise InputError(
+                f"{path}: record {index}: input has an odd number of double quotes, so that its titles cannot be told "
+                "apart; write ' inside a title"
+            )
+        records.append(Record(*texts, user=read_user(raw, f"{path}: record {index}")))
+    return records
+
+
+def read_user(raw: dict[str, Any], place: str) -> str:
+    """Returns whose record it is, as text; empty where it does not say.
+
+    Raises:
+        `InputError`: starting with `place`, if `user` is neither text nor a number.
+    """
+    user = raw.get("user", "")
+    if isinstance(user, bool) or not isinstance(user, str | int | float):
+        raise InputError(f"{place}: 'user' must be text or a number, not {type(user).__name__}")
+    return str(user)
+
+
 def build_prompt(instruction: str, input: str) -> str:
     """Returns the prompt of every stage; the Input block is left out where the input is blank."""
     input_block = f"{INPUT_MARKER}{input}\n" if input.strip() else ""
@@ -85,7 +127,7 @@ def predicted_title(text: str) -> str:
     return title.strip() or NO_PREDICTION
 
 
-def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[str, int]:
+def shorten_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_tokens: int) -> tuple[str, int]:
     """Shortens a prompt that is too long: it loses its oldest titles, never its instruction or response marker.
 
     Returns:
@@ -117,7 +159,7 @@ def shorten_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: 
     return without_oldest(dropped), dropped
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int) -> tuple[list[int], int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_tokens: int) -> tuple[list[int], int]:
     """Tokenises a prompt; one that is too long loses its oldest titles (see `shorten_prompt`).
 
     Returns:
@@ -136,7 +178,7 @@ def say_shortened(shortened: int, limit: int) -> None:
         print(f"note: {shortened} prompts lost their oldest titles to fit in {limit} tokens with their answers")
 
 
-def title_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[range]:
+def title_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[range]:
     """Returns where the titles of the history stand among the tokens of a prompt, oldest first.
 
     A title's tokens are those that hold any part of it or of its quotes; the first and the last of them may hold the
@@ -157,13 +199,13 @@ def title_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[range]
     return spans
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, completion: str) -> list[int]:
+def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: str) -> list[int]:
     """Tokenises an answer: stripped, then a newline, then the end-of-sequence token."""
     ids = tokenizer(completion.strip() + "\n", add_special_tokens=False).input_ids
     return [*ids, tokenizer.eos_token_id]
 
 
-def line_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def line_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Returns the ids of all tokens that end an answer: the end-of-sequence token and every token with a newline."""
     texts: Iterable[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
     return sorted({tokenizer.eos_token_id, *(token_id for token_id, text in enumerate(texts) if "\n" in text)})

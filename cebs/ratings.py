@@ -10,8 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from cebs.catalogue import CATALOGUE_FILES, Catalogue
-from cebs.prompts import Record, quote
-from utils import InputError, read_records, read_text, record_seed, write_json
+from cebs.errors import InputError
+from cebs.files import read_text, write_json
+from cebs.processes import record_seed
+from cebs.prompts import Record, quote, read_records
 
 SPLITS = ("train", "valid", "test")
 DATA_FILES = (*(f"{split}_sample.json" for split in SPLITS), *CATALOGUE_FILES)

@@ -31,10 +31,12 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from cebs.commands import OneLineParser
+from cebs.errors import InputError, errors_in_one_line
+from cebs.files import read_text, write_text
 from cebs.metrics import HIGHER_IS_BETTER, METRICS_AT_K, TAIL_METRICS_AT_K
 from cebs.per_user import check_same_records, find_per_user, mean_over_seeds
 from cebs.statistics import PairedTest, test_rows
-from utils import InputError, OneLineParser, errors_in_one_line, read_text, write_text
 
 NAMES = ("Dataset", "Model")  # what tells a row from another
 FACTS = ("Users", "Encoder", "Protocol")  # what a row's figures rest on

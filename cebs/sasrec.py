@@ -24,7 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from cebs.baselines import Scorer
-from utils import InputError, check_counts, record_seed
+from cebs.commands import check_counts
+from cebs.errors import InputError
+from cebs.processes import record_seed
 
 
 @dataclass(kw_only=True)

@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from utils import InputError
+from cebs.errors import InputError
 
 POOLS = ("in", "out", "all")
 SIMILARITY_ORDERS = ("nearest_target", "farthest_target", "nearest_history", "farthest_history")

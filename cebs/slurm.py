@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from cebs.commands import OneLineParser
 from cebs.comparison import (
     command_line,
     file_stem,
@@ -46,8 +47,9 @@ from cebs.comparison import (
     run_stages,
     the_only_one,
 )
+from cebs.errors import InputError
+from cebs.files import read_json, write_json
 from cebs.plan import Plan, Stage
-from utils import InputError, OneLineParser, read_json, write_json
 
 RECORD = ".slurm/jobs.json"  # below the comparison's folder
 DOWNLOADS = "downloads"  # the stage that needs the network, which compute nodes may not have

@@ -29,10 +29,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad, selective_log_softmax, use_adapter
 
 from cebs.branches import branch_log_probs, shared_rows
+from cebs.errors import InputError
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.prompts import encode_completion, encode_prompt
 from cebs.training import HardwareDefaults
-from utils import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses

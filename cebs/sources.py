@@ -13,7 +13,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils import PROJECT, InputError, read_json, tensor_shapes, write_json
+from cebs.errors import InputError
+from cebs.files import PROJECT, read_json, write_json
+from cebs.models import tensor_shapes
 
 FETCH = "run `python prepare_data.py --download_only` where there is a network"  # the remedy for what is missing
 MODELS = PROJECT / "models"

@@ -17,9 +17,9 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
 
+from cebs.errors import InputError
 from cebs.metrics import SET_METRICS, RecordSums
 from cebs.per_user import check_same_records
-from utils import InputError
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05

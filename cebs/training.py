@@ -24,20 +24,15 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from cebs.commands import check_counts
+from cebs.errors import InputError
+from cebs.files import read_json, write_json
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.interrupts import train_until_interrupted
+from cebs.models import load_model, save_adapter
+from cebs.processes import has_fast_bf16, is_main_process
 from cebs.prompts import encode_completion, shorten_prompt, title_tokens
-from utils import (
-    InputError,
-    Run,
-    check_counts,
-    has_fast_bf16,
-    is_main_process,
-    load_model,
-    read_json,
-    save_adapter,
-    write_json,
-)
+from cebs.runs import Run
 
 TRAINING_OUTPUTS = ("final_model", "training_log.json")
 TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")

@@ -888,7 +888,7 @@ def test_a_spoiled_default_config_is_bad_input(place, refusal, monkeypatch, tmp_
     shutil.copytree(utils.PROJECT / "configs", tmp_path / "project" / "configs")
     with (tmp_path / "project" / "configs" / "predict.yaml").open("a") as file:
         file.write("num_beam: 3\n")
-    monkeypatch.setattr(utils, "PROJECT", tmp_path / "project")
+    monkeypatch.setattr("cebs.commands.PROJECT", tmp_path / "project")
     assert "predict.yaml: unknown key 'num_beam'; did you mean num_beams?" in refusal("predict")
 
 

@@ -100,7 +100,7 @@ def test_iterated_self_play_predicts_tunes_and_aligns_in_each_round(description,
 
 
 def test_no_training_reads_from_inside_the_folder_that_it_writes(description):
-    """A folder at work counts as unfinished, and so does what lies right below it (`utils.require_done`)."""
+    """A folder at work counts as unfinished, and so does what lies right below it (`cebs.runs.require_done`)."""
     for stage in make_plan(description, *description["rows"]).stages.values():
         flags = dict(zip(stage.command, stage.command[1:], strict=False))
         for flag in ("--adapter", "--train_data"):

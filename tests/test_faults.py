@@ -22,7 +22,7 @@ from conftest import listing, run_main
 from safetensors.torch import save_file
 from test_prepare_data import TOY_FILMS, TOY_SIZES, toy_ratings, write_atomic
 
-import utils
+from cebs import files
 from cebs.kept import read_kept, write_kept
 from utils import errors_in_one_line, read_json, write_json, write_text, written_whole
 
@@ -335,9 +335,9 @@ def test_what_is_written_has_its_name_last(tmp_path):
 def test_the_name_is_kept_after_the_contents(tmp_path, monkeypatch):
     """A power cut at any moment leaves the old file or the new one: contents, name, folder, in this order."""
     order = []
-    replace, sync = os.replace, utils._sync
+    replace, sync = os.replace, files.sync
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("name"), replace(a, b)))
-    monkeypatch.setattr(utils, "_sync", lambda path: (order.append("folder" if path.is_dir() else "file"), sync(path)))
+    monkeypatch.setattr(files, "sync", lambda path: (order.append("folder" if path.is_dir() else "file"), sync(path)))
     write_json(tmp_path / "x.json", 1)
     assert order == ["file", "name", "folder"]
 

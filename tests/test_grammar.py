@@ -337,7 +337,7 @@ def no_model(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model is loaded")
 
-    for name in ("utils.load_model", "cebs.generation.load_for_inference", "cebs.generation.load_tokenizer"):
+    for name in ("cebs.models.load_model", "cebs.generation.load_for_inference", "cebs.generation.load_tokenizer"):
         monkeypatch.setattr(name, load)
     monkeypatch.setattr("cebs.grounding.load_encoder", load)
 

@@ -235,13 +235,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def no_space(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(utils.os, "fsync", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space"):
         write_text(tmp_path / "x", "new")
     monkeypatch.undo()
     with pytest.raises(UnicodeEncodeError):
         write_text(tmp_path / "x", "new \ud800")
-    monkeypatch.setattr(utils.os, "replace", lambda a, b: no_space(0))
+    monkeypatch.setattr(os, "replace", lambda a, b: no_space(0))
     with pytest.raises(OSError):
         write_text(tmp_path / "x", "new")
     assert listing(tmp_path).keys() == {"x"} and (tmp_path / "x").read_text() == "old"
