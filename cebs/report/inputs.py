@@ -16,12 +16,14 @@ from typing import Any
 import numpy as np
 
 from cebs.catalogue import CATALOGUE_FILES, exposure_counts, load_catalogue
+from cebs.errors import InputError
+from cebs.files import read_json, read_list, sha256
 from cebs.metrics import genre_shares, genre_weights, recommendation_counts
 from cebs.per_user import check_same_records, find_per_user, mean_over_seeds
-from cebs.prompts import quoted_titles
+from cebs.prompts import quoted_titles, read_records
 from cebs.results import FACTS, ReferenceTests, ResultsTable, check_agreement, compare_with_reference
+from cebs.runs import recorded_runs
 from cebs.statistics import PairedTest
-from utils import InputError, read_json, read_list, read_records, recorded_runs, sha256
 
 BASELINES = ("random", "popularity", "itemknn", "sasrec")  # first in every table, in this order
 CANDIDATES_SCRIPT = "dataset_generate_cluster_batch.py"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from cebs.errors import InputError
+from cebs.files import read_text
 from cebs.metrics import EXPOSURE_GROUPS, HIGHER_IS_BETTER
 from cebs.report.inputs import Estimate, Material, Method, comparable_methods, named
-from utils import InputError, read_text
 
 # Tables of figures: file, title, and the metrics that are its columns
 FIGURE_TABLES = (
