@@ -153,4 +153,4 @@ def make_parser() -> ScriptParser:
 
 
 if __name__ == "__main__":
-    run_script(main, make_parser())
+    run_script(main, make_parser(), distributed=True)

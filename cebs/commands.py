@@ -109,11 +109,20 @@ def _flag_and_value(arg: str) -> list[str]:
     return arg.split("=", maxsplit=1) if arg.startswith("--") else [arg]
 
 
-def run_script(main: Callable[..., None], parser: ScriptParser) -> None:
-    """Runs a script: parses its command line, calls `main`, and turns bad input into one line and exit code 2."""
+def run_script(main: Callable[..., None], parser: ScriptParser, distributed: bool = False) -> None:
+    """Runs a script: parses its command line, calls `main`, and turns bad input into one line and exit code 2.
+
+    Args:
+        main: the script's work, called with what the parser returns.
+        parser: of its command line.
+        distributed: whether several processes can share the work; else each would do, and write, all of it.
+    """
     if not is_main_process():
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     with errors_in_one_line(Path(sys.argv[0]).name):
+        processes = os.environ.get("WORLD_SIZE", "1")
+        if processes != "1" and not distributed:
+            raise InputError(f"started as {processes} processes, and works as one; start it with python")
         main(*parser.parse_args_and_config())
 
 

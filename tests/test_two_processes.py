@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import listing, run_main
+from conftest import listing, run_main, start_script
 from processes import finish, start_processes
 from safetensors.torch import load_file
 
@@ -123,6 +123,16 @@ def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path):
 
 
 # --- the launchers ---
+
+
+@pytest.mark.parametrize("script", ["prepare_data.py", "predict_baselines.py", "evaluate.py", "report.py"])
+def test_a_script_for_one_process_refuses_to_be_one_of_two(script, tmp_path):
+    """Each process would have done all of the work, and written over the other's files."""
+    process = start_script(script, cwd=tmp_path, WORLD_SIZE="2", RANK="0")
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert complaint == f"{script}: error: started as 2 processes, and works as one; start it with python\n"
+    assert not listing(tmp_path)
 
 
 def test_two_processes_stop_together(arguments, tmp_path):
