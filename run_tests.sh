@@ -12,6 +12,7 @@ cd "$(dirname "$0")"
 source ./set_up.sh
 ruff check .
 ruff format --check .
-# A worker for each core, at most four, a file of tests at a time; the tiny models need no threads of their own.
+# A file of tests at a time for each worker. Many tests wait, for Slurm or for a process to die: one worker more than cores.
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+workers=$(($(nproc) < 4 ? $(nproc) + 1 : 4))
+exec python -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
