@@ -6,6 +6,11 @@ Stage 2: the negatives that others use. Random titles, or the model's own predic
 python dataset_generate.py --method random --output_dir output/random
 ```
 
+# Ten of them a record, for S-DPO as its paper has it (arXiv:2406.09215)
+```bash
+python dataset_generate.py --method random --num_negatives 10 --output_dir output/random_10
+```
+
 # The SFT model's own greedy prediction (SPRec); without --adapter the base model's
 ```bash
 python dataset_generate.py --method self_play --adapter output/sft/final_model --output_dir output/self_play
@@ -44,6 +49,7 @@ class ScriptArguments(PreferenceArguments):
 
     Args:
         method (`str`): `random` or `self_play`.
+        num_negatives (`int`): negatives of a record, for `random`; a greedy prediction is one.
     """
 
     method: str = field(
@@ -52,6 +58,7 @@ class ScriptArguments(PreferenceArguments):
             "choices": ["random", "self_play"],
         }
     )
+    num_negatives: int = field(metadata={"help": "Negatives of a record, for random; none occurs twice."})
 
 
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
@@ -65,6 +72,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     if script_args.method == "random" and model_args.shard:
         raise InputError("--shard: --method random decodes nothing; leave it out")
     if script_args.method == "self_play":
+        if script_args.num_negatives > 1:
+            raise InputError(f"--num_negatives {script_args.num_negatives}: --method self_play has one, its prediction")
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
             check_adapter(adapter, model_dir)
@@ -114,20 +123,22 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 ]
                 run.counts[f"{split}_random_instead"] = fits.count(False)
             negatives[split] = [
-                answers[split][index] if fit else sampler.random(targets, record, split, index)
+                [answers[split][index]]
+                if fit
+                else sampler.random(targets, record, split, index, script_args.num_negatives)
                 for index, (fit, record) in enumerate(zip(fits, records[split], strict=True))
             ]
 
         # -- Output ---------------------------------------------------------------------------------------------------
         for split in SPLITS:
             rows = [
-                preference_record(record, [negative])
-                for record, negative in zip(records[split], negatives[split], strict=True)
+                preference_record(record, rejected)
+                for record, rejected in zip(records[split], negatives[split], strict=True)
             ]
             write_json(run.path / "data" / f"dpo_{split}.json", rows)
             run.counts[f"{split}_records"] = len(rows)
             run.counts[f"{split}_not_in_catalogue"] = sum(
-                negative not in sampler.catalogue for negative in negatives[split]
+                title not in sampler.catalogue for rejected in negatives[split] for title in rejected
             )
         for journal in journals:
             journal.remove()

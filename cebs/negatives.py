@@ -126,7 +126,7 @@ class NegativeSampler:
         eligible = self.eligible(candidates, record)
         if not eligible:
             skip = self.fallback == "skip"
-            stand_in = [] if skip else [self.random(self.catalogue.titles, record, split, index)]
+            stand_in = [] if skip else self.random(self.catalogue.titles, record, split, index)
             return {selector: [Selection(title, "catalogue", True) for title in stand_in] for selector in selectors}
         pools = {
             "in": [candidate for candidate in eligible if candidate.in_cluster],
@@ -146,8 +146,10 @@ class NegativeSampler:
                 taken[selector] = [Selection(drawn.title, "candidate", drawn.in_catalogue)]
         return taken
 
-    def random(self, titles: list[str], record: Record, split: str, index: int) -> str:
-        """Returns one of the titles at random, but never the record's own target nor a title of its history.
+    def random(self, titles: list[str], record: Record, split: str, index: int, count: int = 1) -> list[str]:
+        """Returns titles at random, none twice, and never the record's own target nor a title of its history.
+
+        They are `count`, or all that are left where these are fewer; a greater count only adds to the end.
 
         Raises:
             `InputError`: if nothing is left.
@@ -159,7 +161,8 @@ class NegativeSampler:
                 f"{split}_sample.json: record {index}: no title is left to be its negative: all {len(titles)} to "
                 "choose from are its target or in its history; use more records"
             )
-        return free[self._generator("random", split, index).integers(len(free))]
+        generator = self._generator("random", split, index)
+        return [free.pop(generator.integers(len(free))) for _ in range(min(count, len(free)))]
 
     def _in_order(
         self,

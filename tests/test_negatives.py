@@ -127,13 +127,15 @@ def test_the_two_kinds_of_fall_back_are_drawn_apart():
     assert len(set(picks)) == 2
 
 
-@given(rows, st.lists(known, min_size=1, max_size=6), st.integers(0, 9))
-def test_random_negatives_are_never_target_or_history(row, titles, index):
+@given(rows, st.lists(known, min_size=1, max_size=6, unique=True), st.integers(0, 9), st.integers(1, 8))
+def test_random_negatives_are_never_target_or_history(row, titles, index, count):
     history, target = row
     record, sampler = make_record(*row), sampler_of([])
     free = set(titles) - {target, *history}
     if free:
-        assert sampler.random([*titles, ""], record, "train", index) in free
+        drawn = sampler.random([*titles, ""], record, "train", index, count)
+        assert set(drawn) <= free and len(set(drawn)) == len(drawn) == min(count, len(free))
+        assert drawn[:1] == sampler.random([*titles, ""], record, "train", index)
     else:
         with pytest.raises(InputError, match=f"train_sample.json: record {index}: no title is left"):
             sampler.random(titles, record, "train", index)

@@ -202,6 +202,16 @@ def test_random_negatives_are_training_targets(chain):
         assert len({row["rejected"] for row in rows}) > 2
 
 
+def test_several_random_negatives_are_a_list_for_softmax_dpo(chain, data_dir):
+    folder = chain.random("--num_negatives", "3", out="tests/random_3")
+    for split in ("train", "valid"):
+        several, one = (read_json(place / "data" / f"dpo_{split}.json") for place in (folder, chain.root / "random"))
+        assert all(len(set(row["rejected"])) == 3 for row in several)
+        assert [row["rejected"][0] for row in several] == [row["rejected"] for row in one]
+    with pytest.raises(InputError, match="--num_negatives 2: --method self_play has one, its prediction"):
+        run_main("dataset_generate", "--method", "self_play", "--num_negatives", 2, "--data_dir", data_dir)
+
+
 def test_prediction_records(chain):
     records = read_records(chain.data_dir / "test_sample.json")
     titles = load_catalogue(chain.data_dir).titles
