@@ -57,22 +57,11 @@ from cebs.metrics import (
     record_sums,
 )
 from cebs.per_user import check_per_user, per_user_file, write_per_user
-from cebs.prompts import predicted_title, quoted_titles
+from cebs.prompts import predicted_title, quoted_titles, read_records, read_user
 from cebs.results import print_results, read_results, results_columns, update_results
 from cebs.sources import find_encoder
 from cebs.statistics import intervals, number_users
-from utils import (
-    InputError,
-    ScriptParser,
-    read_list,
-    read_records,
-    read_user,
-    recorded_runs,
-    require_done,
-    run_script,
-    sha256,
-    write_json,
-)
+from utils import InputError, ScriptParser, read_list, recorded_runs, require_done, run_script, sha256, write_json
 
 EXPOSURE_FILE = "train_sample.json"
 PREDICTING = ("generate_predict_batch.py", "predict_baselines.py")

@@ -49,7 +49,7 @@ from cebs.calibration import PRIORS_CACHE, kept_edge_priors
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.predictions import prediction_record
-from cebs.prompts import Record, build_prompt, quote
+from cebs.prompts import Record, build_prompt, quote, read_records
 from cebs.sources import find_model
 from utils import (
     InputError,
@@ -57,7 +57,6 @@ from utils import (
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    read_records,
     run_folder,
     run_script,
     write_json,

@@ -39,9 +39,9 @@ from cebs.baselines import Scorer, item_knn, popularity, popularity_order, rando
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.metrics import NOT_IN_CATALOGUE, hit_ranks, ndcg_at
 from cebs.predictions import prediction_record
-from cebs.prompts import Record, quote
+from cebs.prompts import Record, quote, read_records
 from cebs.sasrec import SASRecArguments, sasrec
-from utils import InputError, RunArguments, ScriptParser, read_records, run_folder, run_script, write_json
+from utils import InputError, RunArguments, ScriptParser, run_folder, run_script, write_json
 
 BATCH_SIZE = 64  # records scored at once: so many times the catalogue are in memory
 VALIDATION_K = 10

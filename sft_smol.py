@@ -40,7 +40,7 @@ from pathlib import Path
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from cebs.memory import train_within_memory
-from cebs.prompts import say_shortened
+from cebs.prompts import read_records, say_shortened
 from cebs.sources import find_model
 from cebs.training import (
     TRAINING_OUTPUTS,
@@ -53,16 +53,7 @@ from cebs.training import (
     tokenize_records,
     train_and_save,
 )
-from utils import (
-    ScriptParser,
-    base_fingerprint,
-    check_adapter,
-    load_tokenizer,
-    read_records,
-    run_folder,
-    run_script,
-    token_limit,
-)
+from utils import ScriptParser, base_fingerprint, check_adapter, load_tokenizer, run_folder, run_script, token_limit
 
 
 @dataclass(kw_only=True)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cebs.prompts import Record, encode_prompt
+from cebs.models import DEFAULT_MODEL, load_for_inference
+from cebs.prompts import Record, encode_prompt, read_records
 from cebs.sources import find_model
-from utils import DEFAULT_MODEL, load_for_inference, load_tokenizer, read_records, write_json
+from utils import load_tokenizer, write_json
 
 
 @dataclass

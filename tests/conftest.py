@@ -20,7 +20,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
 
 from fork_server import ForkedScript  # noqa: E402
 
-from utils import PROJECT, read_json, write_json  # noqa: E402
+from cebs.files import PROJECT  # noqa: E402
+from utils import read_json, write_json  # noqa: E402
 
 CLASSICS = PROJECT / "sampled_data" / "classics"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

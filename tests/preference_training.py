@@ -6,9 +6,10 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
+from cebs.models import load_model
 from cebs.prompts import encode_completion
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
-from utils import load_model, load_tokenizer
+from utils import load_tokenizer
 
 PROMPTS = ['### Input:\n"Emma (1815)"\n### Response:\n', '### Input:\n"A", "B", "Dracula (1897)"\n### Response:\n', "x"]
 PAIRS = [

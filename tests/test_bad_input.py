@@ -17,8 +17,9 @@ import pytest
 from conftest import edit_json, listing, run_main
 from test_prepare_data import TOY_FILMS, TOY_GENRES, toy_ratings, write_atomic, write_grouplens
 
-import utils
-from utils import PROJECT, read_json, write_json
+from cebs.files import PROJECT
+from cebs.models import load_model, save_adapter
+from utils import read_json, run_script, write_json, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,8 +34,8 @@ def world(tmp_path_factory, tiny_model, other_model, data_dir, tokenizer, encode
 
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(data_dir, folder / "data")
-    model = get_peft_model(utils.load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
-    utils.save_adapter(model, tokenizer, folder / "adapter", tiny_model)
+    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, tokenizer, folder / "adapter", tiny_model)
     for split in ("train", "valid"):
         write_json(folder / f"dpo_{split}.json", PREFERENCES)
     shutil.copytree(tiny_model, folder / "model")
@@ -117,7 +118,7 @@ def start(name: str) -> None:
     elif name == "cebs.comparison":
         module.run_command(module.make_parser(), module.main)
     else:
-        utils.run_script(module.main, module.make_parser())
+        run_script(module.main, module.make_parser())
 
 
 @pytest.fixture
@@ -862,7 +863,7 @@ RESULTS = {
 def test_a_folder_with_another_runs_results_is_refused(place, refusal, stage):
     """By its `run.json`, and by the results alone where there is none."""
     name, result = STAGES[stage][0], RESULTS[stage]
-    utils.write_text(place / "out" / result / "x" if result == "final_model" else place / "out" / result, "mine")
+    write_text(place / "out" / result / "x" if result == "final_model" else place / "out" / result, "mine")
     before = listing(place)
     complaint = f"out: holds another run of {name}.py ({result.split('/')[-1]} is there already); use --overwrite"
     assert complaint in refusal(stage)
@@ -885,7 +886,7 @@ def test_more_than_the_vocabulary_may_be_asked_for(place):
 
 def test_a_spoiled_default_config_is_bad_input(place, refusal, monkeypatch, tmp_path):
     """The defaults are a file that people edit; a typing error there ended in a traceback."""
-    shutil.copytree(utils.PROJECT / "configs", tmp_path / "project" / "configs")
+    shutil.copytree(PROJECT / "configs", tmp_path / "project" / "configs")
     with (tmp_path / "project" / "configs" / "predict.yaml").open("a") as file:
         file.write("num_beam: 3\n")
     monkeypatch.setattr("cebs.commands.PROJECT", tmp_path / "project")

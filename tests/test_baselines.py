@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import predict_baselines
-import utils
 from cebs.baselines import (
     cosine_similarity,
     incidence_matrix,
@@ -25,9 +24,10 @@ from cebs.baselines import (
     top_titles,
 )
 from cebs.catalogue import load_catalogue
-from cebs.prompts import Record, quote
+from cebs.files import PROJECT
+from cebs.prompts import Record, quote, read_records
 from cebs.sasrec import SASRec, SASRecArguments, make_scorer, sasrec
-from utils import PROJECT, InputError, read_json, read_records
+from utils import InputError, read_json, run_script
 
 GOODREADS = PROJECT.parent / "shared" / "goodreads"
 METHODS = ["popularity", "item_knn", "sasrec", "random"]
@@ -357,7 +357,7 @@ def refusal(monkeypatch, capsys, *args):
     monkeypatch.setattr(sys, "argv", ["predict_baselines.py", *map(str, args)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
-        utils.run_script(predict_baselines.main, predict_baselines.make_parser())
+        run_script(predict_baselines.main, predict_baselines.make_parser())
     assert raised.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line.removeprefix("predict_baselines.py: error: ")

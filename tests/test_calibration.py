@@ -14,9 +14,10 @@ from cebs.branches import beam_search
 from cebs.calibration import edge_priors, kept_edge_priors
 from cebs.generation import Decoder
 from cebs.kept import kept_file, read_kept, write_kept
+from cebs.models import load_model
 from cebs.prompts import build_prompt
 from cebs.trie import build_trie, title_paths
-from utils import load_model, load_tokenizer
+from utils import load_tokenizer
 
 TITLES = ["Emma", "Emma: A Novel", "The Trial", "The Time Machine", "Les Misérables", "Ночь 🌒"]
 

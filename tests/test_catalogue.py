@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cebs.catalogue import Catalogue, exposure_counts, interest_cluster, load_catalogue
-from cebs.prompts import Record, quote
-from utils import InputError, read_json, read_records
+from cebs.prompts import Record, quote, read_records
+from utils import InputError, read_json
 
 GENRES = "abcdef"
 TITLES = [f"T{number}" for number in range(8)]

@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from cebs.comparison import chosen_rows, is_done, main, make_parser, order_rows, run_stages
+from cebs.files import PROJECT
 from cebs.plan import Plan, Settings, Stage, read_description, slug
-from utils import PROJECT, InputError, read_json
+from utils import InputError, read_json
 
 DESCRIPTION = PROJECT / "configs/comparison.yaml"
 

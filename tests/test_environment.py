@@ -12,7 +12,8 @@ import pytest
 from conftest import Result, edit_json, listing, run_main, start_script
 from fork_server import LIBRARIES, ForkedScript
 
-from utils import PROJECT, InputError, read_json
+from cebs.files import PROJECT
+from utils import InputError, read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,9 +14,10 @@ import pytest
 
 import evaluate
 from cebs import grounding
+from cebs.files import PROJECT
 from cebs.grounding import ground
 from evaluate import ScriptArguments, default_method, encoder_name, find_predictions, main, make_parser
-from utils import PROJECT, InputError, read_json, run_script, sha256, write_json
+from utils import InputError, read_json, run_script, sha256, write_json
 
 SHARED = PROJECT.parent / "shared"
 CATALOGUE = {

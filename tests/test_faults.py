@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from test_prepare_data import TOY_FILMS, TOY_SIZES, toy_ratings, write_atomic
 
 from cebs import files
+from cebs.errors import errors_in_one_line
 from cebs.kept import read_kept, write_kept
-from utils import errors_in_one_line, read_json, write_json, write_text, written_whole
+from utils import read_json, write_json, write_text, written_whole
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

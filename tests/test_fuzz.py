@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
+from cebs.files import PROJECT, read_yaml
 from cebs.per_user import mean_over_seeds, read_per_user
 from cebs.plan import Plan, Settings, read_description
 from cebs.preferences import read_preferences
-from cebs.prompts import Record, predicted_title, quoted_titles, shorten_prompt
+from cebs.prompts import Record, predicted_title, quoted_titles, read_records, shorten_prompt
 from cebs.ratings import ATOMIC_FILES, GROUPLENS_FILES, movielens_files, read_movielens
 from cebs.report.inputs import read_training_log
 from cebs.report.tables import published_table
@@ -30,7 +31,7 @@ from cebs.results import ReferenceTests, format_results, mean_rows, read_results
 from cebs.selectors import Selector, parse_negatives
 from dataset_generate_cluster_batch import read_candidates
 from evaluate import read_predictions, read_rankings
-from utils import PROJECT, InputError, check_adapter, read_json, read_list, read_records, read_yaml, recorded_runs
+from utils import InputError, check_adapter, read_json, read_list, recorded_runs
 
 NOTHING_TESTED = ReferenceTests("SFT", {}, [])
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))

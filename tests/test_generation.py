@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cebs.generation import CandidateArguments, Decoder, Journal, run_in_batches
+from cebs.models import load_model
 from cebs.prompts import build_prompt, encode_completion, predicted_title, quote
-from utils import Run, load_model
+from cebs.runs import Run
 
 answers = st.text(st.characters(codec="utf-8"), max_size=8)
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from cebs.catalogue import Catalogue, interest_cluster, load_catalogue
 from cebs.negatives import NegativeSampler, selection_counts
 from cebs.preferences import SPLITS
-from cebs.prompts import Record, quote
+from cebs.prompts import Record, quote, read_records
 from cebs.selectors import ORDERS, POOLS, PRESETS, SIMILARITY_ORDERS, Selector, find_preset, parse_negatives
 from cebs.similarity import unit_vectors
-from utils import InputError, read_json, read_records, sha256, write_json
+from utils import InputError, read_json, sha256, write_json
 
 TITLES = [f"T{number}" for number in range(9)]
 UNKNOWN = ["U0", "U1", "U2"]

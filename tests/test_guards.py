@@ -14,8 +14,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from cebs.catalogue import load_catalogue
 from cebs.guards import RECORD, FiniteLossMixin, last_good_checkpoint
-from cebs.prompts import encode_completion, quote
-from utils import ADAPTER_WEIGHTS, InputError, load_tokenizer, read_json, read_records, write_json
+from cebs.prompts import encode_completion, quote, read_records
+from cebs.runs import ADAPTER_WEIGHTS
+from utils import InputError, load_tokenizer, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

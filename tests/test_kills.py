@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import CLASSICS, SIZES, listing, run_main, start_script
 
-from utils import read_json, read_records, write_json
+from cebs.prompts import read_records
+from utils import read_json, write_json
 
 # how often each is killed before it may come to its end, twenty in all; SEED gives the moments
 KILLS = {

@@ -12,7 +12,9 @@ from transformers import LlamaForCausalLM
 
 from cebs.branches import beam_search, greedy, sample_until
 from cebs.memory import batch_sizes, decode_within_memory, within_memory
-from utils import ADAPTER_WEIGHTS, InputError, load_model, read_json, write_json
+from cebs.models import load_model
+from cebs.runs import ADAPTER_WEIGHTS
+from utils import InputError, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

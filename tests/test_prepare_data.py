@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 import prepare_data
 from cebs.catalogue import load_catalogue
+from cebs.files import PROJECT
+from cebs.prompts import read_records
 from cebs.ratings import (
     ATOMIC_FILES,
     DATA_FILES,
@@ -29,7 +31,7 @@ from cebs.ratings import (
 )
 from cebs.sources import MOVIELENS, find_movielens
 from sampled_data.classics import simulate
-from utils import PROJECT, InputError, read_json, read_records, run_script
+from utils import InputError, read_json, run_script
 
 GOODREADS = PROJECT / "../shared/goodreads"
 CLASSICS = PROJECT / "sampled_data/classics"

@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from cebs.branches import branch_log_probs, greedy, shared_rows
+from cebs.files import PROJECT
 from cebs.generation import Decoder
-from cebs.prompts import encode_completion
+from cebs.models import load_model
+from cebs.prompts import encode_completion, read_records
 from cebs.sources import MODELS
-from utils import PROJECT, load_model, load_tokenizer, read_records
+from utils import load_tokenizer
 
 MODEL = MODELS / "SmolLM2-135M-Instruct"
 GOODREADS = PROJECT.parent / "shared" / "goodreads"

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cebs.files import PROJECT
 from cebs.per_user import find_per_user, per_user_file, read_per_user, write_per_user
 from cebs.results import (
     ReferenceTests,
@@ -24,7 +25,7 @@ from cebs.results import (
     results_columns,
     update_results,
 )
-from utils import PROJECT, InputError, write_json
+from utils import InputError, write_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The CSV

@@ -14,10 +14,12 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, title_tokens
+from cebs.files import PROJECT
+from cebs.models import load_model
+from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, read_records, title_tokens
 from cebs.training import CompletionTrainer, tokenize_records
 from sft_smol import SFTArguments
-from utils import PROJECT, load_model, load_tokenizer, read_json, read_records
+from utils import load_tokenizer, read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

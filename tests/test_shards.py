@@ -9,8 +9,9 @@ from filelock import FileLock
 from processes import finish, start_processes
 
 from cebs import generation
+from cebs.files import PROJECT
 from cebs.generation import Journal
-from utils import PROJECT, InputError, read_json
+from utils import InputError, read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -19,8 +19,9 @@ from conftest import run_main
 
 from cebs import slurm
 from cebs.comparison import command_line, make_plans, plan_parser
+from cebs.files import PROJECT
 from cebs.slurm import Job, Queued, State, clock, read_jobs, read_log, state_of, submit
-from utils import PROJECT, InputError, read_json, write_text
+from utils import InputError, read_json, write_text
 
 SCRIPTS = sorted(PROJECT.glob("slurm/*.sbatch"))
 LOCAL_SLURM = PROJECT.parent / "shared/tools/slurm_local.sh"

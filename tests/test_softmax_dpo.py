@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from preference_training import LISTS, PAIRS, ApartDPOTrainer, assert_same_step, make_adapted, make_trainer, step
 
+from cebs.models import load_model
 from cebs.softmax_dpo import (
     RepeatedPromptCollator,
     SharedPromptCollator,
@@ -19,7 +20,7 @@ from cebs.softmax_dpo import (
     softmax_dpo_loss,
 )
 from cebs.training import LossThresholdCallback
-from utils import load_model, load_tokenizer
+from utils import load_tokenizer
 
 
 @pytest.fixture

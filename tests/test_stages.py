@@ -24,8 +24,8 @@ from cebs import generation, training
 from cebs.catalogue import exposure_counts, interest_cluster, load_catalogue
 from cebs.generation import Decoder, Journal
 from cebs.preferences import read_preferences
-from cebs.prompts import predicted_title
-from utils import InputError, read_json, read_records
+from cebs.prompts import predicted_title, read_records
+from utils import InputError, read_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

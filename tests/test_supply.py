@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from utils import PROJECT
+from cebs.files import PROJECT
 
 
 def requirements(name: str) -> list[Requirement]:

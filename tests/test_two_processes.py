@@ -13,7 +13,8 @@ from conftest import listing, run_main, start_script
 from processes import finish, start_processes
 from safetensors.torch import load_file
 
-from utils import PROJECT, read_json, write_json
+from cebs.files import PROJECT
+from utils import read_json, write_json
 
 TITLES = ["Emma (1815)", "Dracula (1897)", "O", "Persuasion (1817)", "Carmilla (1872)", "The Time Machine (1895)"]
 

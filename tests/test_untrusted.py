@@ -16,11 +16,12 @@ import pytest
 from conftest import listing, run_main, start_script
 from peft import LoraConfig, get_peft_model
 
-import utils
 from cebs import sources
+from cebs.files import PROJECT
+from cebs.models import load_model, save_adapter
 from cebs.prompts import quote
 from cebs.sources import Package, unpack
-from utils import PROJECT, InputError, read_json, sha256, write_json
+from utils import InputError, read_json, sha256, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -322,9 +323,9 @@ def test_an_adapter_as_a_pickle_is_no_adapter(tiny_model, tokenizer, tmp_path):
     import torch
 
     folder = tmp_path / "final_model"
-    model = get_peft_model(utils.load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
-    utils.save_adapter(model, tokenizer, folder, tiny_model)
+    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, tokenizer, folder, tiny_model)
     torch.save({"x": 1}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="no adapter_model.safetensors"):
-        utils.load_model(tiny_model, adapter=str(folder))
+        load_model(tiny_model, adapter=str(folder))

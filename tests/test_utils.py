@@ -13,21 +13,22 @@ from conftest import edit_json, listing
 from hypothesis import given
 from hypothesis import strategies as st
 
-import utils
+from cebs.files import PROJECT
+from cebs.models import load_model, save_adapter
+from cebs.prompts import read_records
+from cebs.runs import ADAPTER_WEIGHTS
 from utils import (
-    ADAPTER_WEIGHTS,
-    PROJECT,
     InputError,
     RunArguments,
     ScriptParser,
     base_fingerprint,
     check_adapter,
-    load_model,
+    load_tokenizer,
     read_json,
     read_list,
-    read_records,
     require_done,
     run_folder,
+    sha256,
     write_json,
     write_text,
 )
@@ -300,7 +301,7 @@ def test_a_run_tells_how_it_was_made(stage):
     record = read_json(stage.folder / "run.json")
     assert (record["state"], record["script"], record["seed"]) == ("done", "stage.py", 42)
     assert record["arguments"]["size"] == 1 and record["counts"] == {"records": 1}
-    assert record["inputs"] == {str(stage.input): utils.sha256(stage.input)}
+    assert record["inputs"] == {str(stage.input): sha256(stage.input)}
     assert record["outputs"] == ["out.json"]
     for key in ("git_commit", "versions", "python", "device", "start_time", "end_time", "wall_time_s"):
         assert key in record
@@ -492,7 +493,7 @@ def adapter(tmp_path_factory, tiny_model, tokenizer):
 
     model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
     folder = tmp_path_factory.mktemp("adapter") / "final_model"
-    utils.save_adapter(model, tokenizer, folder, Path(tiny_model))
+    save_adapter(model, tokenizer, folder, Path(tiny_model))
     return folder
 
 
@@ -556,4 +557,4 @@ def test_half_a_base_model(tiny_model, tmp_path):
     (broken / "tokenizer.json").unlink()
     (broken / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match="broken: its tokenizer cannot be loaded"):
-        utils.load_tokenizer(broken)
+        load_tokenizer(broken)
