@@ -37,7 +37,7 @@ python DPO_from_dpoData.py --config configs/dpo_published.yaml --output_dir outp
 Interrupted and started again with the same flags, it goes on from its last checkpoint.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
@@ -47,24 +47,8 @@ from cebs.preferences import read_preferences
 from cebs.prompts import say_shortened
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, check_rejected
 from cebs.sources import find_model
-from cebs.training import (
-    TRAINING_OUTPUTS,
-    TRAINING_SCRATCH,
-    TrainingScriptArguments,
-    load_trainable,
-    stopping_callbacks,
-    train_and_save,
-)
-from utils import (
-    ScriptParser,
-    base_fingerprint,
-    check_adapter,
-    load_tokenizer,
-    require_done,
-    run_folder,
-    run_script,
-    token_limit,
-)
+from cebs.training import TrainingScriptArguments, load_trainable, stopping_callbacks, train_and_save, training_run
+from utils import ScriptParser, check_adapter, load_tokenizer, require_done, run_script, token_limit
 
 
 @dataclass(kw_only=True)
@@ -97,23 +81,21 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     # -- Input --------------------------------------------------------------------------------------------------------
     train_records = read_preferences(script_args.train_data)[: script_args.max_train_samples]
     valid_records = read_preferences(script_args.valid_data)[: script_args.max_eval_samples]
-    check_rejected(script_args.train_data, train_records, training_args.loss_type)
-    check_rejected(script_args.valid_data, valid_records, training_args.loss_type)
-    require_done(script_args.train_data, "dataset_generate.py", "dataset_generate_cluster_batch.py")
+    for path, records in ((script_args.train_data, train_records), (script_args.valid_data, valid_records)):
+        check_rejected(path, records, training_args.loss_type)
+        require_done(path, "dataset_generate.py", "dataset_generate_cluster_batch.py")
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
 
-    with run_folder(
-        training_args.output_dir,
-        script=__file__,
-        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args),
-        inputs=[script_args.train_data, script_args.valid_data],
-        base_model=base_fingerprint(model_dir),
+    with training_run(
+        __file__,
+        script_args,
+        training_args,
+        model_args,
+        model_dir,
         adapter=script_args.adapter,
-        outputs=TRAINING_OUTPUTS,
-        scratch=TRAINING_SCRATCH,
-        overwrite=script_args.overwrite,
+        inputs=[script_args.train_data, script_args.valid_data],
     ) as run:
         if run.done:
             return

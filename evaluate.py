@@ -33,7 +33,6 @@ python -m cebs.results output/results.csv --reference SFT
 """
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,6 +41,7 @@ from typing import Any
 import numpy as np
 
 from cebs.catalogue import exposure_counts, load_catalogue
+from cebs.files import named_by_the_user
 from cebs.grounding import EMBEDDINGS_CACHE, encoder_fingerprint, ground
 from cebs.metrics import (
     EXPOSURE_GROUPS,
@@ -57,14 +57,14 @@ from cebs.metrics import (
     record_sums,
 )
 from cebs.per_user import check_per_user, per_user_file, write_per_user
-from cebs.prompts import predicted_title, quoted_titles, read_records, read_user
+from cebs.predictions import PREDICTING, find_predictions, ranked_without_history, read_predictions, read_rankings
+from cebs.prompts import predicted_title, quoted_titles, read_records
 from cebs.results import print_results, read_results, results_columns, update_results
 from cebs.sources import find_encoder
 from cebs.statistics import intervals, number_users
-from utils import InputError, ScriptParser, read_list, recorded_runs, require_done, run_script, sha256, write_json
+from utils import InputError, ScriptParser, require_done, run_script, sha256, write_json
 
 EXPOSURE_FILE = "train_sample.json"
-PREDICTING = ("generate_predict_batch.py", "predict_baselines.py")
 # why a figure is empty
 NO_LIST = "no record whose target is in the catalogue has a recommendation"
 NO_GENRE = "no title of the histories, or none of the recommendations, has a genre that counts"
@@ -152,7 +152,7 @@ def main(script_args: ScriptArguments) -> None:
     method = script_args.method or default_method(predictions_file)
     own_file = per_user_file(script_args.results_csv, dataset, method)
     records = read_predictions(predictions_file)
-    require_done(predictions_file)
+    require_done(predictions_file, *PREDICTING)
     catalogue = load_catalogue(script_args.data_dir)
     ids = {title: index for index, title in enumerate(catalogue.titles)}
     histories = [[ids[title] for title in quoted_titles(record["prompt"]) if title in ids] for record in records]
@@ -232,7 +232,8 @@ def main(script_args: ScriptArguments) -> None:
             "distinct_users": int(users.max()) + 1,
             "arguments": asdict(script_args),
         }
-        write_metrics(script_args.metrics_json, figures_by_k(figures, topk, len(records)) | origin | more)
+        with named_by_the_user(script_args.metrics_json, "give another --metrics_json"):
+            write_json(script_args.metrics_json, figures_by_k(figures, topk, len(records)) | origin | more)
     content = origin | {
         "encoder": row["Encoder"] or None,
         "topk": topk,
@@ -271,23 +272,6 @@ def column_at(metric: str, k: int) -> str:
     return metric if metric == "NotInRatio" else f"{metric}@{k}"
 
 
-def find_predictions(path: str) -> Path:
-    """Returns the file of predictions: the path itself, or the one file in the folder that it names.
-
-    Raises:
-        `InputError`: if the folder has no file of predictions, or several.
-    """
-    if not Path(path).is_dir():
-        return Path(path)
-    files = sorted(Path(path).glob("raw_results_*.json"))
-    if not files:
-        raise InputError(f"{path}: no raw_results_*.json in this folder; generate_predict_batch.py writes one")
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise InputError(f"{path}: holds {len(files)} files of predictions ({names}); give the path of one")
-    return files[0]
-
-
 def default_method(predictions_file: Path) -> str:
     """Returns the name of the run: of the folder that `predictions/` lies in, or else of the file."""
     folder = predictions_file.resolve().parent
@@ -298,60 +282,6 @@ def encoder_name(name_or_path: str) -> str:
     """Returns the name of an encoder as the CSV has it: without the folder, or the hub's organisation, before it."""
     path = Path(name_or_path)
     return path.resolve().name if path.is_dir() else path.name
-
-
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """Reads prediction records; `user` is empty where a record does not say whose it is.
-
-    Raises:
-        `InputError`: naming the first record that lacks a key or holds something else than text.
-    """
-    keys = ("prompt", "prediction", "ground_truth")
-    records = read_list(path, keys)
-    for index, record in enumerate(records):
-        for key in keys:
-            if not isinstance(record[key], str):
-                raise InputError(f"{path}: record {index}: {key!r} must be text, not {type(record[key]).__name__}")
-        record["user"] = read_user(record, f"{path}: record {index}")
-    return records
-
-
-def read_rankings(
-    path: Path, records: list[dict[str, Any]], ids: dict[str, int], excluded: Sequence[set[int]], k: int
-) -> dict[int, list[int]]:
-    """Returns the first k title ids of each record that has a ranking, without those excluded, by the record's place.
-
-    Raises:
-        `InputError`: naming the record whose ranking is too short, or holds a title twice or one not in the catalogue.
-    """
-    rankings = {}
-    for index, record in enumerate(records):
-        if "ranking" not in record:
-            continue
-        ranking = record["ranking"]
-        if not isinstance(ranking, list) or not all(isinstance(title, str) for title in ranking):
-            raise InputError(f"{path}: record {index}: 'ranking' must be a list of titles")
-        for title in ranking:
-            if title not in ids:
-                raise InputError(f"{path}: record {index}: {title!r} of its ranking is not in the catalogue")
-        if len(set(ranking)) < len(ranking):
-            twice = Counter(ranking).most_common(1)[0][0]
-            raise InputError(f"{path}: record {index}: its ranking has {twice!r} more than once; keep the first")
-        left = [ids[title] for title in ranking if ids[title] not in excluded[index]]
-        if len(left) < min(k, len(ids) - len(excluded[index])):
-            which = " that are not in its history" if excluded[index] else ""
-            raise InputError(
-                f"{path}: record {index}: its ranking has {len(left)} titles{which}, fewer than --topk {k}; "
-                "rank more titles or give a smaller --topk"
-            )
-        rankings[index] = left[:k]
-    return rankings
-
-
-def ranked_without_history(predictions_file: Path) -> bool:
-    """Says whether the run that wrote the rankings left each record's history out, as its `run.json` tells."""
-    runs = recorded_runs(predictions_file.absolute().parents[1])
-    return any(runs[script]["arguments"].get("exclude_history", False) for script in PREDICTING if script in runs)
 
 
 def targets_of(records: Sequence[Mapping[str, Any]], ids: dict[str, int]) -> tuple[list[str], np.ndarray]:
@@ -424,18 +354,6 @@ def per_user_records(
         }
         for index, record in enumerate(records)
     ]
-
-
-def write_metrics(path: str, metrics: dict[str, Any]) -> None:
-    """Writes the figures as JSON, which has no NaN: a share of nothing is null.
-
-    Raises:
-        `InputError`: if the file cannot be written.
-    """
-    try:
-        write_json(path, metrics)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; give another --metrics_json") from error
 
 
 def make_parser() -> ScriptParser:

@@ -48,7 +48,7 @@ from cebs.branches import beam_search
 from cebs.calibration import PRIORS_CACHE, kept_edge_priors
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
-from cebs.predictions import prediction_record
+from cebs.predictions import PREDICTION_FILES, check_histories, prediction_record, write_predictions
 from cebs.prompts import Record, build_prompt, quote, read_records
 from cebs.sources import find_model
 from utils import (
@@ -59,7 +59,6 @@ from utils import (
     check_adapter,
     run_folder,
     run_script,
-    write_json,
 )
 
 
@@ -120,10 +119,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         titles = load_catalogue(data_dir).titles
         inputs += [data_dir / name for name in CATALOGUE_FILES]
         if script_args.exclude_history:
-            catalogue = set(titles)
-            for index, record in enumerate(records):
-                if catalogue.issubset(record.history):
-                    raise InputError(f"{test_file}: record {index}: its history is the whole catalogue; none is left")
+            check_histories(test_file, records, titles)
     model_dir = find_model(model_args.model_name_or_path)
     if model_args.adapter:
         check_adapter(model_args.adapter, model_dir)
@@ -137,7 +133,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         base_model=base_fingerprint(model_dir),
         adapter=model_args.adapter,
         shard=model_args.shard,
-        outputs=["predictions/raw_results_*.json"],
+        outputs=[PREDICTION_FILES],
         scratch=["predictions/*.partial.jsonl"],
         overwrite=script_args.overwrite,
     ) as run:
@@ -199,7 +195,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         run.counts.update(records=len(results), **decoder.report())
         if not run.writes_outputs:
             return
-        write_json(run.path / "predictions" / f"raw_results_{len(results)}.json", results)
+        write_predictions(run, results)
         journal.remove()
 
 

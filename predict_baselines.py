@@ -37,11 +37,11 @@ from tqdm import tqdm
 
 from cebs.baselines import Scorer, item_knn, popularity, popularity_order, random, title_ids, top_titles
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
-from cebs.metrics import NOT_IN_CATALOGUE, hit_ranks, ndcg_at
-from cebs.predictions import prediction_record
+from cebs.metrics import NOT_IN_CATALOGUE, NOTHING, hit_ranks, ndcg_at
+from cebs.predictions import PREDICTION_FILES, check_histories, prediction_record, write_predictions
 from cebs.prompts import Record, quote, read_records
 from cebs.sasrec import SASRecArguments, sasrec
-from utils import InputError, RunArguments, ScriptParser, run_folder, run_script, write_json
+from utils import RunArguments, ScriptParser, run_folder, run_script
 
 BATCH_SIZE = 64  # records scored at once: so many times the catalogue are in memory
 VALIDATION_K = 10
@@ -94,9 +94,8 @@ def main(script_args: ScriptArguments, sasrec_args: SASRecArguments) -> None:
     records = {split: read_records(files[split])[:limit] for split, limit in limits.items()}
     titles = load_catalogue(data_dir).titles
     ids = {title: index for index, title in enumerate(titles)}
-    for index, record in enumerate(records["test"]):
-        if script_args.exclude_history and not ids.keys() - record.history:
-            raise InputError(f"{files['test']}: record {index}: its history is the whole catalogue; nothing is left")
+    if script_args.exclude_history:
+        check_histories(files["test"], records["test"], titles)
     torch.set_num_threads(1)  # another number of threads would round sums otherwise; and so little work needs no more
 
     with run_folder(
@@ -104,7 +103,7 @@ def main(script_args: ScriptArguments, sasrec_args: SASRecArguments) -> None:
         script=__file__,
         arguments=asdict(script_args) | (asdict(sasrec_args) if trains else {}),
         inputs=[*files.values(), *(data_dir / name for name in CATALOGUE_FILES)],
-        outputs=["predictions/raw_results_*.json"],
+        outputs=[PREDICTION_FILES],
         overwrite=script_args.overwrite,
     ) as run:
         if run.done:
@@ -143,12 +142,12 @@ def main(script_args: ScriptArguments, sasrec_args: SASRecArguments) -> None:
                 batch = records["test"][start : start + BATCH_SIZE]
                 rankings = rank(scorer, batch, start, script_args.num_titles)
                 for record, ranked in zip(batch, rankings, strict=True):
-                    ranking = [titles[index] for index in ranked if index != NOT_IN_CATALOGUE]
+                    ranking = [titles[index] for index in ranked if index != NOTHING]
                     results.append(prediction_record(record, quote(ranking[0]), ranking))
                 progress.update(len(batch))
 
         # -- Output ---------------------------------------------------------------------------------------------------
-        write_json(run.path / "predictions" / f"raw_results_{len(results)}.json", results)
+        write_predictions(run, results)
         run.counts.update({f"{split}_records": len(records[split]) for split in records})
         run.counts["titles_in_training"] = len({index for sequence in sequences for index in sequence})
 

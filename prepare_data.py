@@ -215,9 +215,6 @@ def check_arguments(script_args: PrepareArguments) -> None:
     Raises:
         `InputError`: naming the flag.
     """
-    for name in ("train_size", "valid_size", "test_size", "history_length"):
-        if getattr(script_args, name) < 1:
-            raise InputError(f"--{name} {getattr(script_args, name)}: must be at least 1")
     if script_args.category in ("", ".", "..") or "/" in script_args.category:
         raise InputError(f"--category {script_args.category!r}: must be the name of one folder, without a slash")
     if script_args.seed < 0:

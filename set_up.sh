@@ -1,5 +1,5 @@
-# Sourced by run_pipeline.sh and run_tests.sh: makes the virtual environment, once, and again when the pins change.
-# VENV names another place for it, PYTHON another interpreter.
+# Sourced by run_comparison.sh, run_tests.sh and slurm/login.sh: makes the virtual environment, once, and again when the
+# pins change. VENV names another place for it, PYTHON another interpreter.
 
 VENV=${VENV:-.venv}
 [[ $VENV = /* ]] || VENV=$PWD/$VENV

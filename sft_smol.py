@@ -34,7 +34,7 @@ Interrupted and started again with the same flags, it goes on from its last chec
 """
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, get_peft_config
@@ -43,8 +43,6 @@ from cebs.memory import train_within_memory
 from cebs.prompts import read_records, say_shortened
 from cebs.sources import find_model
 from cebs.training import (
-    TRAINING_OUTPUTS,
-    TRAINING_SCRATCH,
     CompletionTrainer,
     HardwareDefaults,
     TrainingScriptArguments,
@@ -52,8 +50,9 @@ from cebs.training import (
     stopping_callbacks,
     tokenize_records,
     train_and_save,
+    training_run,
 )
-from utils import ScriptParser, base_fingerprint, check_adapter, load_tokenizer, run_folder, run_script, token_limit
+from utils import ScriptParser, check_adapter, load_tokenizer, run_script, token_limit
 
 
 @dataclass(kw_only=True)
@@ -98,16 +97,14 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
 
-    with run_folder(
-        training_args.output_dir,
-        script=__file__,
-        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args),
-        inputs=[train_file, valid_file],
-        base_model=base_fingerprint(model_dir),
+    with training_run(
+        __file__,
+        script_args,
+        training_args,
+        model_args,
+        model_dir,
         adapter=script_args.adapter,
-        outputs=TRAINING_OUTPUTS,
-        scratch=TRAINING_SCRATCH,
-        overwrite=script_args.overwrite,
+        inputs=[train_file, valid_file],
     ) as run:
         if run.done:
             return

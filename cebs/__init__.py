@@ -1,4 +1,4 @@
-"""What the stages share: prompts, catalogue, branches, negatives, losses, metrics."""
+"""What the stages share; what is in which room stands in README.md, under "The code"."""
 
 import os
 import warnings

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.sparse import csr_array, diags_array
 
 from cebs.catalogue import exposure_counts
-from cebs.metrics import NOT_IN_CATALOGUE
+from cebs.metrics import NOTHING
 from cebs.processes import record_seed
 from cebs.prompts import Record
 
@@ -49,7 +49,7 @@ def top_titles(scores: np.ndarray, order: np.ndarray, excluded: Sequence[Sequenc
     array([[3, 2]])
     ```
     """
-    rankings = np.full((len(scores), k), NOT_IN_CATALOGUE)
+    rankings = np.full((len(scores), k), NOTHING)
     for ranking, row, left_out in zip(rankings, scores, excluded, strict=True):
         ranked = order[np.argsort(-row[order], kind="stable")]  # [M]
         best = ranked[~np.isin(ranked, left_out)][:k]

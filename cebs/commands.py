@@ -18,8 +18,15 @@ from cebs.files import PROJECT, has_half_characters, read_yaml
 from cebs.processes import is_main_process
 
 
-class ScriptParser(TrlParser):
-    """`TrlParser` with a stage's YAML file as its defaults, whose complaints are `InputError`s of one line.
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `InputError`s of one line; enough for the commands that are no stage."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+class ScriptParser(OneLineParser, TrlParser):
+    """`TrlParser` with a stage's YAML file as its defaults, whose complaints are `OneLineParser`'s.
 
     Args:
         dataclass_types: as for [`~trl.TrlParser`].
@@ -69,9 +76,6 @@ class ScriptParser(TrlParser):
                 raise InputError(f"--{name} nan: must be a number")
         return parsed
 
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
-
     def _read_config(self, path: Path) -> dict[str, Any]:
         config = read_yaml(path)
         for key in config:
@@ -96,13 +100,6 @@ class ScriptParser(TrlParser):
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             flags += [f"--{name}", *map(str, values)]
         return flags
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `InputError`s of one line, for the commands that are no stage."""
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the flags)")
 
 
 def _flag_and_value(arg: str) -> list[str]:

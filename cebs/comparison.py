@@ -217,7 +217,9 @@ def run_stages(stages: list[Stage], output: Path, jobs: int) -> dict[str, str]:
 
 
 def is_done(stage: Stage, note: Path) -> bool:
-    return note.is_file() and note.read_text(encoding="utf-8") == command_line(stage) and stage.result.exists()
+    """Says whether a stage has ended well, as it is typed now, and its result, a file or a folder, is still there."""
+    is_there = stage.result.is_file() or any(stage.result.glob("*"))
+    return is_there and note.is_file() and note.read_text(encoding="utf-8") == command_line(stage)
 
 
 def file_stem(stage: Stage) -> str:

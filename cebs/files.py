@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from cebs.errors import InputError
+from cebs.errors import InputError, storage_fault
 
 PROJECT = Path(__file__).resolve().parent.parent
 MOST_DIGITS = 100  # of a whole number in a JSON file; one with more is nobody's count, id or seed
@@ -223,6 +223,25 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextlib.contextmanager
+def named_by_the_user(path: str | Path, remedy: str) -> Iterator[None]:
+    """Makes bad input of a path that cannot be written to; a fault of the disk (`storage_fault`) stays an `OSError`.
+
+    Args:
+        path: what the user named.
+        remedy: what to give in its place.
+
+    Raises:
+        `InputError`: naming the path.
+    """
+    try:
+        yield
+    except OSError as error:
+        if storage_fault(error):
+            raise
+        raise InputError(f"{path}: cannot be written: {error.strerror}; {remedy}") from error
 
 
 def sync(path: Path) -> None:

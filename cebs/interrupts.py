@@ -15,7 +15,7 @@ from accelerate.utils import gather_object, reduce
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
-from cebs.runs import INTERRUPT_SIGNALS
+from cebs.runs import on_interrupt
 
 
 class Interrupts:
@@ -60,12 +60,8 @@ def deferred_interrupts() -> Iterator[Interrupts]:
     ```
     """
     interrupts = Interrupts()
-    before = {signum: signal.signal(signum, interrupts.note) for signum in INTERRUPT_SIGNALS}
-    try:
+    with on_interrupt(interrupts.note):
         yield interrupts
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 class SaveAndLeaveCallback(TrainerCallback):

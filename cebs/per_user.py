@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cebs.errors import InputError
-from cebs.files import read_json, write_json, written_whole
+from cebs.files import named_by_the_user, read_json, write_json, written_whole
 
 FOLDER = "per_user"
 LONGEST_NAME = 200  # signs of a file's name, which most file systems limit to 255 bytes
@@ -63,13 +63,11 @@ def write_per_user(path: str | Path, content: dict[str, Any]) -> None:
         `InputError`: if it cannot be written.
     """
     path = Path(path)
-    try:
+    with named_by_the_user(path, "give a shorter or another name"):
         if path.suffix == ".parquet":
             _write_parquet(path, content)
         else:
             write_json(path, content)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; give a shorter or another name") from error
 
 
 def _write_parquet(path: Path, content: dict[str, Any]) -> None:

@@ -21,9 +21,10 @@ KINDS = {dict: "mapping", list: "list"}
 MODELS_OWN = ("random", "self_play", "self_play of sft", "self_play of origin")
 SCRIPTS = (
     *("prepare_data.py", "sft_smol.py", "dataset_generate.py", "dataset_generate_cluster_batch.py"),
-    *("DPO_from_dpoData.py", "generate_predict_batch.py", "predict_baselines.py", "evaluate.py"),
+    *("DPO_from_dpoData.py", "generate_predict_batch.py", "predict_baselines.py", "fuse_predictions.py"),
+    "evaluate.py",
 )
-ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of")
+ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of", "fuse")
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -46,6 +47,10 @@ def read_description(path: str | Path) -> dict[str, Any]:
         if (other := folders.setdefault(slug(row), row)) != row:
             raise InputError(f"{place}: would share the folder {slug(row)} with row {other!r}; rename one")
         _check_row(place, spec, description["candidates"])
+    for row, spec in description["rows"].items():
+        for part in spec.get("fuse", ()):
+            if "fuse" in description["rows"].get(part, {"fuse"}):
+                raise InputError(f"{path}: row {row!r}: fuse names {part!r}, which is no row with a ranking of its own")
     for source, flags in description["candidates"].items():
         if slug(str(source)) != source:
             raise InputError(f"{path}: candidates {source!r}: the name may have a to z, 0 to 9 and _ only")
@@ -73,16 +78,17 @@ def _check_row(place: str, spec: Any, candidates: dict[str, Any]) -> None:
     if unknown := [key for key in spec if key not in ROW_KEYS]:
         raise InputError(f"{place}: unknown key {unknown[0]!r}; there are: {', '.join(ROW_KEYS)}")
     for key, value in spec.items():
-        words = value if key == "negatives" and isinstance(value, list) else [value]
+        listed = key in ("negatives", "fuse")
+        words = value if listed and isinstance(value, list) else [value]
         if not words or not all(isinstance(word, str) for word in words):
-            raise InputError(f"{place}: {key} must be text{', or a list of it' if key == 'negatives' else ''}")
+            raise InputError(f"{place}: {key} must be text{', or a list of it' if listed else ''}")
         for word in words if key in ("negatives", "rounds_of") else ():
             if word not in MODELS_OWN:
                 try:
                     parse_negatives(word.split())
                 except InputError as error:
                     raise InputError(f"{place}: {error}") from error
-    if "baseline" not in spec and spec.get("start") not in ("origin", "sft"):
+    if not {"baseline", "fuse"} & spec.keys() and spec.get("start") not in ("origin", "sft"):
         raise InputError(f"{place}: start must be origin or sft, or baseline the name of one")
     if (source := spec.get("candidates", "sampled")) not in candidates:
         raise InputError(f"{place}: no candidates {source!r} are described")
@@ -158,34 +164,12 @@ class Plan:
 
     def add_row(self, row: str) -> None:
         """Adds what a row of the table needs: training, predictions, evaluation."""
-        spec, settings, name = self.description["rows"][row], self.settings, slug(row)
-        folder = settings.output / name
-        predictions = folder / f"predictions/raw_results_{settings.sizes['test']}.json"
-        if "baseline" in spec:
-            predicted = self.add(
-                f"{name}/predict",
-                f"predict_baselines.py --method {spec['baseline']}",
-                self.seeded()
-                | {"output_dir": folder, "data_dir": settings.data}
-                | self.samples(train="train", eval="valid", predict="test"),
-                after=self.data(),
-                result=predictions,
-            )
-        else:
-            trained = self.trained(row, spec, folder)
-            predicted = self.add(
-                f"{name}/predict",
-                "generate_predict_batch.py",
-                self.common() | {"adapter": adapter(trained), "output_dir": folder} | self.samples(predict="test"),
-                after=trained or self.data(),
-                result=predictions,
-                records=settings.sizes["test"],
-            )
+        settings, folder, predicted = self.settings, self.folder(row), self.predicted(row)
         self.add(
-            f"{name}/evaluate",
+            f"{slug(row)}/evaluate",
             "evaluate.py",
             {
-                "predictions": predictions,
+                "predictions": predicted.result,
                 "data_dir": settings.data,
                 "dataset": Path(settings.data).name,
                 "method": row,
@@ -196,6 +180,38 @@ class Plan:
             | self.seeded(),
             after=[predicted],
             result=folder / "metrics.json",
+        )
+
+    def folder(self, row: str) -> Path:
+        return self.settings.output / slug(row)
+
+    def predicted(self, row: str) -> Stage:
+        """The row's predictions; their result is a folder, for the file in it is named after the records there are."""
+        spec, folder, name = self.description["rows"][row], self.folder(row), f"{slug(row)}/predict"
+        result = folder / "predictions"
+        if "baseline" in spec:
+            return self.add(
+                name,
+                f"predict_baselines.py --method {spec['baseline']}",
+                self.seeded()
+                | {"output_dir": folder, "data_dir": self.settings.data}
+                | self.samples(train="train", eval="valid", predict="test"),
+                after=self.data(),
+                result=result,
+            )
+        if "fuse" in spec:
+            parts = [self.predicted(part) for part in spec["fuse"]]
+            files = shlex.join(str(part.result) for part in parts)
+            flags = self.seeded() | {"output_dir": folder}
+            return self.add(name, f"fuse_predictions.py --predictions {files}", flags, after=parts, result=result)
+        trained = self.trained(row, spec, folder)
+        return self.add(
+            name,
+            "generate_predict_batch.py",
+            self.common() | {"adapter": adapter(trained), "output_dir": folder} | self.samples(predict="test"),
+            after=trained or self.data(),
+            result=result,
+            records=self.settings.sizes["test"],
         )
 
     # -- What rows share ----------------------------------------------------------------------------------------------
@@ -258,13 +274,17 @@ class Plan:
         """
         kind, _, of = negatives.partition(" of ")
         if kind in ("random", "self_play"):
-            model = {"sft": self.sft, "origin": list}[of]() if of else trained
+            if kind == "random":  # needs no model, and no GPU
+                model, flags = [], {"data_dir": self.settings.data} | self.seeded()
+            else:
+                model = {"sft": self.sft, "origin": list}[of]() if of else trained
+                flags = self.common() | {"adapter": adapter(model)}
             name = slug(negatives) if folder is None else str(folder.relative_to(self.settings.output))
             folder = folder or self.settings.output / "negatives" / name
             return self.add(
                 f"negatives/{name}",
                 f"dataset_generate.py --method {kind}",
-                self.common() | {"adapter": adapter(model), "output_dir": folder} | self.preference_samples(),
+                flags | {"output_dir": folder} | self.preference_samples(),
                 after=model or self.data(),
                 result=folder / "data/dpo_train.json",
                 records=0 if kind == "random" else self.settings.sizes["preferences"] + self.settings.sizes["valid"],

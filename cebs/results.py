@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 
 from cebs.commands import OneLineParser
 from cebs.errors import InputError, errors_in_one_line
-from cebs.files import read_text, write_text
+from cebs.files import named_by_the_user, read_text, write_text
 from cebs.metrics import HIGHER_IS_BETTER, METRICS_AT_K, TAIL_METRICS_AT_K
 from cebs.per_user import check_same_records, find_per_user, mean_over_seeds
 from cebs.statistics import PairedTest, test_rows
@@ -198,16 +198,16 @@ def update_results(path: str | Path, figures: Mapping[str, str | int | float]) -
     """
     path = Path(os.path.realpath(path))  # a link stays a link
     cells = {column: _cell(value) for column, value in figures.items()}
-    try:
+    with named_by_the_user(path, "give another --results_csv"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT_S):
-            table = read_results(path)
-            notices = _update(table, cells)
-            write_text(path, table.to_text())
-    except Timeout as error:
-        raise InputError(f"{path}: another process has been writing there for {LOCK_TIMEOUT_S} s; try again") from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}; give another --results_csv") from error
+        try:
+            with FileLock(path.with_name(f".{path.name}.lock"), timeout=LOCK_TIMEOUT_S):
+                table = read_results(path)
+                notices = _update(table, cells)
+                write_text(path, table.to_text())
+        except Timeout as error:
+            busy = f"another process has been writing there for {LOCK_TIMEOUT_S} s"
+            raise InputError(f"{path}: {busy}; try again") from error
     return notices
 
 

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -124,7 +124,7 @@ def run_folder(
     wait_for_everyone()  # all have seen what was there before the first process changes it
     if not is_main_process():
         wait_for_everyone()
-        with _terminate_as_interrupt():
+        with on_interrupt(_as_keyboard_interrupt):
             yield run
         return
 
@@ -155,7 +155,7 @@ def run_folder(
         }
         write_json(folder / "run.json", record)
         try:
-            with _terminate_as_interrupt():
+            with on_interrupt(_as_keyboard_interrupt):
                 wait_for_everyone()
                 yield run
         except BaseException as error:
@@ -174,21 +174,21 @@ def run_folder(
         lock.release()
 
 
-def require_done(path: str | Path, *scripts: str) -> None:
+def require_done(path: str | Path, script: str, *more: str) -> None:
     """Checks that the run that wrote a file or folder was finished, where a `run.json` tells.
 
     Args:
         path: an input of this run.
-        scripts: the scripts that write such inputs; other scripts may still be at work in the folder.
+        script, more: the scripts that write such inputs; others may still be at work in the folder.
 
     Raises:
         `InputError`: if the run is still going on, was interrupted or failed.
     """
     for folder in Path(path).absolute().parents[:2]:
         runs = recorded_runs(folder)
-        for script in scripts:
-            if script in runs and runs[script]["state"] != "done":
-                raise InputError(f"{path}: {script} is {runs[script]['state']} in {folder}; run it to its end first")
+        for name in (script, *more):
+            if name in runs and runs[name]["state"] != "done":
+                raise InputError(f"{path}: {name} is {runs[name]['state']} in {folder}; run it to its end first")
 
 
 def recorded_runs(folder: Path) -> dict[str, dict]:
@@ -290,18 +290,19 @@ def _timestamp(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """Makes a scheduler's signals end a run as Ctrl-C does, so that it is recorded as interrupted and goes on later."""
-
-    def interrupt(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    before = {signum: signal.signal(signum, interrupt) for signum in INTERRUPT_SIGNALS}
+def on_interrupt(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Calls `handler` at a scheduler's signals, and at the end puts back what was called before."""
+    before = {signum: signal.signal(signum, handler) for signum in INTERRUPT_SIGNALS}
     try:
         yield
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+        for signum, earlier in before.items():
+            signal.signal(signum, earlier)
+
+
+def _as_keyboard_interrupt(signum: int, frame: Any) -> None:
+    """Ends a run as Ctrl-C does, so that it is recorded as interrupted and goes on later."""
+    raise KeyboardInterrupt(signal.Signals(signum).name)
 
 
 def git_commit() -> str | None:

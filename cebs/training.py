@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
@@ -29,13 +29,10 @@ from cebs.errors import InputError
 from cebs.files import read_json, write_json
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.interrupts import train_until_interrupted
-from cebs.models import load_model, save_adapter
+from cebs.models import base_fingerprint, load_model, save_adapter
 from cebs.processes import has_fast_bf16, is_main_process
 from cebs.prompts import encode_completion, shorten_prompt, title_tokens
-from cebs.runs import Run
-
-TRAINING_OUTPUTS = ("final_model", "training_log.json")
-TRAINING_SCRATCH = ("checkpoint-*", "runs", "README.md")
+from cebs.runs import Run, run_folder
 
 
 @dataclass(kw_only=True)
@@ -60,6 +57,29 @@ class TrainingScriptArguments:
         check_counts(self)
 
 
+def training_run(
+    script: str,
+    script_args: TrainingScriptArguments,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    model_dir: Path,
+    adapter: str,
+    inputs: Iterable[str | Path],
+) -> AbstractContextManager[Run]:
+    """Opens the run folder of a training script, as `run_folder` does, with all of its arguments recorded."""
+    return run_folder(
+        training_args.output_dir,
+        script=script,
+        arguments=asdict(script_args) | training_args.to_dict() | asdict(model_args),
+        inputs=inputs,
+        base_model=base_fingerprint(model_dir),
+        adapter=adapter,
+        outputs=("final_model", "training_log.json"),
+        scratch=("checkpoint-*", "runs", "README.md"),
+        overwrite=script_args.overwrite,
+    )
+
+
 class HardwareDefaults:
     """Settings of TRL's configs that follow from the machine where the user leaves them open."""
 
@@ -67,8 +87,6 @@ class HardwareDefaults:
         if self.bf16 is None:
             self.bf16 = has_fast_bf16() and not self.fp16
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
-        if self.report_to == "none" and is_tensorboard_available():
-            self.report_to = "tensorboard"
         super().__post_init__()
 
 

@@ -1,7 +1,8 @@
 """Shared fixtures: a tiny random model, a small data folder, and the scripts as a user starts them.
 
 A script is run in two ways: `run_script` starts the real command line in a process of its own (see `fork_server`);
-`run_main` parses the same words and calls the script's `main` in this process.
+`run_main` parses the same words and calls the script's `main` in this process. `refusal` is for bad input: it runs the
+script's `__main__` in this process, to its line of complaint.
 """
 
 import dataclasses
@@ -9,7 +10,11 @@ import hashlib
 import importlib
 import json
 import os
+import runpy
 import shutil
+import signal
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +32,7 @@ CLASSICS = PROJECT / "sampled_data" / "classics"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LONGEST = ("test_slurm.py", "test_comparison.py", "test_environment.py")  # which would keep one worker to the end
 SIZES = {"train": 12, "valid": 6, "test": 8}
+PROGRAMS = {"cebs.results": "cebs.results", "cebs.comparison": "run_comparison.sh"}  # others: the script's name
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -113,6 +119,17 @@ def tokenizer(tiny_model: Path):
     return load_tokenizer(tiny_model)
 
 
+def make_adapter(folder: Path, base: Path, tokenizer: Any) -> Path:
+    """An untrained adapter of the base model, as a training run leaves it in `final_model/`."""
+    from peft import LoraConfig, get_peft_model
+
+    from cebs.models import load_model, save_adapter
+
+    model = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    save_adapter(model, tokenizer, folder, base)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny sentence encoder with random weights that reads letters."""
@@ -183,6 +200,42 @@ def run_main(name: str, *args: Any) -> None:
     """Runs a script in this process, from its command line on: `run_main("sft_smol", "--data_dir", folder)`."""
     module = importlib.import_module(name)
     module.main(*module.make_parser().parse_args_and_config([str(arg) for arg in args]))
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Iterator[Callable[..., str]]:
+    """`refusal("sft_smol", "--data_dir", folder)`: its line of complaint, after checks of exit code, form and silence.
+
+    With `progress=True`, progress bars may stand before the line.
+    """
+    at_sigterm = signal.getsignal(signal.SIGTERM)
+
+    def refused(name: str, *args: Any, progress: bool = False) -> str:
+        start = f"{PROGRAMS.get(name, f'{name}.py')}: error: "
+        monkeypatch.setattr(sys, "argv", ["", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(PROJECT / f"{name.replace('.', '/')}.py"), run_name="__main__")
+        assert exit.value.code == 2
+        *before, line = filter(str.strip, capsys.readouterr().err.splitlines())
+        assert line.startswith(start) and all(progress and "%|" in other for other in before), [*before, line]
+        return line.removeprefix(start)
+
+    yield refused
+    signal.signal(signal.SIGTERM, at_sigterm)
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
+    """Makes the given call of a function (counted from 0) end as Ctrl-C does; later calls go through."""
+    original, calls = getattr(owner, name), Counter()
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls[name] += 1
+        if calls[name] == call + 1:
+            raise KeyboardInterrupt("test")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
 
 
 def listing(folder: Path) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""What the tests of the alignment stage share: records, tiny trainers of ours and of TRL's, and one step of them."""
+"""What the tests of the alignment stage share: records, ratios, tiny trainers of ours and of TRL's, a step of them."""
 
 import pytest
 import torch
 from datasets import Dataset
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
@@ -25,13 +26,33 @@ LISTS = [
 ]
 
 
-def make_adapted(tiny_model):
-    """A tiny model with an adapter whose weights are not zero, so that policy, reference and base model all differ."""
+# of one record: the chosen title's log-ratio, the rejected titles' with whether each is there, and beta
+RATIOS = (
+    st.floats(-50, 50),
+    st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=1, max_size=6).filter(
+        lambda rejected: any(present for _, present in rejected)
+    ),
+    st.floats(0.01, 2),
+)
+
+
+def loss_of_one(loss, chosen, rejected, beta):
+    """A loss over lists, of one record drawn from `RATIOS`."""
+    return loss(
+        torch.tensor([chosen], dtype=torch.float64),
+        torch.tensor([[value for value, _ in rejected]], dtype=torch.float64),
+        torch.tensor([[present for _, present in rejected]]),
+        beta,
+    ).item()
+
+
+def make_adapted(tiny_model, std=0.2):
+    """A tiny model with an adapter; where its weights are not zero, policy, reference and base model all differ."""
     torch.manual_seed(0)
     model = get_peft_model(load_model(tiny_model), LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     return model
 
 

@@ -4,22 +4,18 @@ The table has a row for each way in which an input can be wrong, by kind of inpu
 to be taken stands in `tests/test_odd_input.py`.
 """
 
-import importlib
 import json
 import os
 import shutil
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import edit_json, listing, run_main
-from test_prepare_data import TOY_FILMS, TOY_GENRES, toy_ratings, write_atomic, write_grouplens
+from conftest import edit_json, listing, make_adapter, run_main
+from toy_ratings import TOY_FILMS, TOY_GENRES, toy_ratings, write_atomic, write_grouplens
 
 from cebs.files import PROJECT
-from cebs.models import load_model, save_adapter
-from utils import read_json, run_script, write_json, write_text
+from utils import read_json, write_json, write_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,12 +26,9 @@ SPLITS = ("train", "valid", "test")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_model, other_model, data_dir, tokenizer, encoder):
     """Good input for every script: see `STAGES`."""
-    from peft import LoraConfig, get_peft_model
-
     folder = tmp_path_factory.mktemp("world")
     shutil.copytree(data_dir, folder / "data")
-    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
-    save_adapter(model, tokenizer, folder / "adapter", tiny_model)
+    make_adapter(folder / "adapter", tiny_model, tokenizer)
     for split in ("train", "valid"):
         write_json(folder / f"dpo_{split}.json", PREFERENCES)
     shutil.copytree(tiny_model, folder / "model")
@@ -107,40 +100,12 @@ STAGES = {
     "aggregate": ("cebs.results", "--aggregate", "mean.csv", "results.csv"),
     "comparison": ("cebs.comparison", "--description", "comparison.yaml", "--dry_run", "--output_dir", "out"),
 }
-PROGRAMS = {"cebs.results": "cebs.results", "cebs.comparison": "run_comparison.sh"}  # others: the script's name
-
-
-def start(name: str) -> None:
-    """Runs a program in this process as its `__main__` does."""
-    module = importlib.import_module(name)
-    if name == "cebs.results":
-        module.main()
-    elif name == "cebs.comparison":
-        module.run_command(module.make_parser(), module.main)
-    else:
-        run_script(module.main, module.make_parser())
 
 
 @pytest.fixture
-def refusal(monkeypatch, capsys):
-    """`refusal(stage, *more)`: its line of complaint, after checks of exit code, form and silence."""
-    at_sigterm = signal.getsignal(signal.SIGTERM)
-
-    def refused(stage: str, *more: str) -> str:
-        name, *args = STAGES[stage]
-        program = PROGRAMS.get(name, f"{name}.py")
-        monkeypatch.setattr(sys, "argv", [program, *args, *more])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            start(name)
-        assert exit.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith(f"{program}: error: ")]
-        assert len(errors) == 1 and errors[0] == lines[-1] and "Traceback" not in "".join(lines)
-        return errors[0].removeprefix(f"{program}: error: ")
-
-    yield refused
-    signal.signal(signal.SIGTERM, at_sigterm)
+def refusal(refusal):
+    """`refusal(stage, *more)`: the line of complaint of a stage with these arguments beside its own."""
+    return lambda stage, *more, **allowed: refusal(*STAGES[stage], *more, **allowed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -831,7 +796,7 @@ def test_a_model_without_some_of_its_weights(place, refusal, begun_for_nothing):
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
     before = listing(place)
-    complaint = refusal("random", "--method", "self_play")
+    complaint = refusal("random", "--method", "self_play", progress=True)
     assert "model: 1 weights are missing, model.layers.1.mlp.up_proj.weight among them; copy it again" in complaint
     begun_for_nothing(before)
 
@@ -840,7 +805,7 @@ def test_a_model_without_some_of_its_weights(place, refusal, begun_for_nothing):
 def test_a_prompt_that_cannot_fit(place, refusal, begun_for_nothing, stage):
     spoil("dpo_train.json", set_key(1, "prompt", "word " * 300))()
     before = listing(place)
-    complaint = refusal(stage, "--max_length", "60")
+    complaint = refusal(stage, "--max_length", "60", progress=True)
     assert "without any title" in complaint and "give a greater --max_length" in complaint
     begun_for_nothing(before)
     if stage == "predict":

@@ -2,8 +2,8 @@
 
 import math
 import shutil
-import sys
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ from cebs.catalogue import load_catalogue
 from cebs.files import PROJECT
 from cebs.prompts import Record, quote, read_records
 from cebs.sasrec import SASRec, SASRecArguments, make_scorer, sasrec
-from utils import InputError, read_json, run_script
+from utils import InputError, read_json
 
 GOODREADS = PROJECT.parent / "shared" / "goodreads"
 METHODS = ["popularity", "item_knn", "sasrec", "random"]
@@ -352,20 +352,8 @@ def test_a_ranking_ends_with_the_catalogue(tmp_path, own_data):
     assert sorted(results[0]["ranking"]) == sorted(set(titles) - set(history))
 
 
-def refusal(monkeypatch, capsys, *args):
-    """Runs the script as `__main__` does; returns its one line of complaint."""
-    monkeypatch.setattr(sys, "argv", ["predict_baselines.py", *map(str, args)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as raised:
-        run_script(predict_baselines.main, predict_baselines.make_parser())
-    assert raised.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line.removeprefix("predict_baselines.py: error: ")
-
-
-def test_what_is_refused(tmp_path, own_data, monkeypatch, capsys):
-    def refused(*args):
-        return refusal(monkeypatch, capsys, "--data_dir", own_data, "--output_dir", tmp_path / "out", *args)
+def test_what_is_refused(tmp_path, own_data, refusal):
+    refused = partial(refusal, "predict_baselines", "--data_dir", own_data, "--output_dir", tmp_path / "out")
 
     assert "--method" in refused()
     assert "invalid choice: 'svd'" in refused("--method", "svd")

@@ -109,6 +109,11 @@ def test_no_training_reads_from_inside_the_folder_that_it_writes(description):
                 assert Path(flags["--output_dir"]) not in Path(flags[flag]).parents[:2], stage.name
 
 
+def test_random_negatives_wait_for_no_model(description):
+    stage = make_plan(description, "DPO-RN").stages["negatives/random"]
+    assert stage.after == ["downloads"] and "--model_name_or_path" not in stage.command
+
+
 def test_movielens_is_made_where_no_data_folder_is_given(description):
     assert "data" in make_plan(description, "Origin", data_dir="").stages
     assert "data" not in make_plan(description, "Origin").stages
@@ -222,10 +227,13 @@ def test_the_pipeline_is_the_comparison_with_its_main_rows(description, capsys):
 
 
 def test_the_comparison_from_data_to_table(tmp_path, tiny_model, data_dir, encoder):
-    """Two rows on a tiny model, with the real command; killed in the middle and started again."""
+    """Two rows on a tiny model, with the real command; killed in the middle and started again.
+
+    More test records are asked for than there are, as in a small data folder at a large size.
+    """
     words = [sys.executable, "-m", "cebs.comparison", "--only", "Popularity", "SFT", "--data_dir", str(data_dir)]
     words += ["--model_name_or_path", str(tiny_model), "--encoder", str(encoder), "--train", "4", "--valid", "2"]
-    words += ["--preferences", "2", "--test", "4", "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
+    words += ["--preferences", "2", "--test", "1000", "--output_dir", str(tmp_path / "out"), "--jobs", "2"]
     first = subprocess.Popen(words, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in first.stdout:
         if line.startswith("== sft "):

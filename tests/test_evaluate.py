@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import evaluate
 from cebs import grounding
 from cebs.files import PROJECT
 from cebs.grounding import ground
-from evaluate import ScriptArguments, default_method, encoder_name, find_predictions, main, make_parser
-from utils import InputError, read_json, run_script, sha256, write_json
+from cebs.predictions import find_predictions
+from evaluate import ScriptArguments, default_method, encoder_name, main, make_parser
+from utils import InputError, read_json, sha256, write_json
 
 SHARED = PROJECT.parent / "shared"
 CATALOGUE = {
@@ -334,6 +334,18 @@ def test_rankings_lose_their_history_too(tmp_path, data_dir):
         main(arguments(tmp_path, tmp_path / "q.json", exclude_history=True))
 
 
+def test_predictions_of_a_run_that_was_not_finished_are_refused(tmp_path, data_dir):
+    folder = tmp_path / "run"
+    write_json(folder / "predictions/raw_results_1.json", [record(ranking=["Dune", "The Hobbit", "Dracula"])])
+    run = {"script": "generate_predict_batch.py", "state": "interrupted", "arguments": {}, "inputs": {}}
+    write_json(folder / "run.json", run)
+    with pytest.raises(InputError, match="raw_results_1.json: generate_predict_batch.py is interrupted in .*run; run"):
+        main(arguments(tmp_path, folder / "predictions"))
+    assert not (tmp_path / "out").exists()
+    write_json(folder / "run.json", run | {"script": "sft_smol.py"})  # of the same folder, and no matter here
+    main(arguments(tmp_path, folder / "predictions"))
+
+
 def test_rankings_made_without_the_history_say_so(tmp_path, data_dir):
     folder = tmp_path / "popularity"
     write_json(folder / "predictions/raw_results_1.json", [record(ranking=["Dune", "The Hobbit", "Dracula"])])
@@ -500,8 +512,5 @@ def test_an_encoder_that_is_none(tmp_path, data_dir, encoder):
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
-def test_an_unknown_flag_is_an_error(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--top_k", "5"])
-    with pytest.raises(SystemExit) as raised:
-        run_script(evaluate.main, make_parser())
-    assert raised.value.code == 2 and "did you mean topk" in capsys.readouterr().err
+def test_an_unknown_flag_is_an_error(refusal):
+    assert "did you mean topk" in refusal("evaluate", "--top_k", "5")

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import listing, run_main
 from safetensors.torch import save_file
-from test_prepare_data import TOY_FILMS, TOY_SIZES, toy_ratings, write_atomic
+from toy_ratings import TOY_FILMS, TOY_SIZES, toy_ratings, write_atomic
 
 from cebs import files
 from cebs.errors import errors_in_one_line
@@ -81,25 +81,31 @@ def fails_in_one_line(stage: Stage, folder: Path, capsys: pytest.CaptureFixture,
 # --- every write in turn ---
 
 
+@contextlib.contextmanager
+def full_at(nth: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The n-th time that anything is to be kept, counted from 1, the disk is full; yields the calls so far."""
+    fsync, calls = os.fsync, []
+
+    def full(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == nth:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        yield calls
+
+
 @pytest.mark.parametrize("name", ["prepare_data", "random", "baseline", "predict"])
 def test_the_disk_is_full_at_any_write(stages, name, tmp_path, monkeypatch, capsys):
     """The n-th time that anything is to be kept on the disk fails, for every n; the same command then goes on."""
     stage = stages[name]
     stage.run(tmp_path / "whole")
-    expected = stage.outcome(tmp_path / "whole")
-    fsync, failed = os.fsync, 0
-
+    expected, failed = stage.outcome(tmp_path / "whole"), 0
     for nth in range(1, 100):
-        folder, calls = tmp_path / str(nth), []
-
-        def full(descriptor, nth=nth, calls=calls):
-            calls.append(descriptor)
-            if len(calls) == nth:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(descriptor)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", full)
+        folder = tmp_path / str(nth)
+        with full_at(nth, monkeypatch) as calls:
             try:
                 stage.run(folder)
             except SystemExit as exit:
@@ -141,25 +147,17 @@ def test_the_disk_is_full_at_any_write_of_an_evaluation(rankings, data_dir, tmp_
     folder = tmp_path / "out"
     for method in ("earlier", "new"):
         evaluate(folder, rankings, data_dir, method)
-    expected, fsync, failed = listing(folder), os.fsync, 0
+    expected, failed = listing(folder), 0
     for nth in range(1, 100):
-        calls = []
         shutil.rmtree(folder)
         evaluate(folder, rankings, data_dir, "earlier")
         earlier = listing(folder)
-
-        def full(descriptor, nth=nth, calls=calls):
-            calls.append(descriptor)
-            if len(calls) == nth:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            fsync(descriptor)
-
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "fsync", full)
+        with full_at(nth, monkeypatch) as calls:
             try:
                 evaluate(folder, rankings, data_dir, "new")
-            except SystemExit:
+            except SystemExit as exit:
                 failed += 1
+                assert exit.code == 1
                 assert "No space left on device" in capsys.readouterr().err.splitlines()[-1]
                 for name, content in listing(folder).items():  # what is there is whole, and the table is the old one
                     assert content == earlier.get(name) or name != "results.csv" and content == expected[name]

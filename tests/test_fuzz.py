@@ -18,10 +18,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cebs.candidates import read_candidates
 from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
 from cebs.files import PROJECT, read_yaml
 from cebs.per_user import mean_over_seeds, read_per_user
 from cebs.plan import Plan, Settings, read_description
+from cebs.predictions import read_predictions, read_rankings
 from cebs.preferences import read_preferences
 from cebs.prompts import Record, predicted_title, quoted_titles, read_records, shorten_prompt
 from cebs.ratings import ATOMIC_FILES, GROUPLENS_FILES, movielens_files, read_movielens
@@ -29,8 +31,6 @@ from cebs.report.inputs import read_training_log
 from cebs.report.tables import published_table
 from cebs.results import ReferenceTests, format_results, mean_rows, read_results, update_results
 from cebs.selectors import Selector, parse_negatives
-from dataset_generate_cluster_batch import read_candidates
-from evaluate import read_predictions, read_rankings
 from utils import InputError, check_adapter, read_json, read_list, recorded_runs
 
 NOTHING_TESTED = ReferenceTests("SFT", {}, [])

@@ -11,25 +11,17 @@ import pytest
 from conftest import edit_json, listing, run_main
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from toy_catalogue import CATALOGUE, TITLES, UNKNOWN, known, make_record, make_sampler
 
-from cebs.catalogue import Catalogue, interest_cluster, load_catalogue
+from cebs.catalogue import interest_cluster, load_catalogue
 from cebs.negatives import NegativeSampler, selection_counts
 from cebs.preferences import SPLITS
-from cebs.prompts import Record, quote, read_records
+from cebs.prompts import quote, read_records
 from cebs.selectors import ORDERS, POOLS, PRESETS, SIMILARITY_ORDERS, Selector, find_preset, parse_negatives
 from cebs.similarity import unit_vectors
 from utils import InputError, read_json, sha256, write_json
 
-TITLES = [f"T{number}" for number in range(9)]
-UNKNOWN = ["U0", "U1", "U2"]
-CATALOGUE = Catalogue(
-    TITLES,
-    {title: ["aceg"[number % 4], "bdf"[number % 3]][: number % 3] for number, title in enumerate(TITLES)},
-    list("abcdefg"),
-)
-
 selectors = st.builds(Selector, st.sampled_from(POOLS), st.sampled_from(ORDERS), st.integers(1, 4))
-known = st.sampled_from(TITLES)
 # lengths whose means are exact in binary, so that ties are ties
 histories = st.sampled_from([0, 1, 2, 4]).flatmap(lambda size: st.lists(known, min_size=size, max_size=size))
 rows = st.tuples(histories, known)
@@ -39,15 +31,6 @@ proposals = st.lists(
 axes = [tuple(sign * (place == axis) for place in range(4)) for axis in range(4) for sign in (1.0, -1.0)]
 diagonals = [(a, b, c, d) for a in (0.5, -0.5) for b in (0.5, -0.5) for c in (0.5, -0.5) for d in (0.5, -0.5)]
 vectors = st.fixed_dictionaries({title: st.sampled_from([*axes, *diagonals]) for title in [*TITLES, *UNKNOWN]})
-
-
-def make_record(history, target):
-    return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
-
-
-def make_sampler(train=(), unknown_titles="keep", fallback="random", seed=0):
-    train_records = [make_record(*row) for row in train]
-    return NegativeSampler(CATALOGUE, train_records, unknown_titles=unknown_titles, fallback=fallback, seed=seed)
 
 
 def take(sampler, selector, candidates, record, index=0, embeddings=None):

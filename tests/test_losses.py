@@ -6,8 +6,17 @@ import pytest
 import torch
 from conftest import run_main
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from preference_training import LISTS, PAIRS, ApartDPOTrainer, assert_same_step, make_adapted, make_trainer, step
+from preference_training import (
+    LISTS,
+    PAIRS,
+    RATIOS,
+    ApartDPOTrainer,
+    assert_same_step,
+    loss_of_one,
+    make_adapted,
+    make_trainer,
+    step,
+)
 from trl import DPOConfig
 
 from cebs.softmax_dpo import LIST_LOSSES, TRL_LOSSES, dmpo_loss, softmax_dpo_loss
@@ -52,23 +61,12 @@ def test_every_loss_is_the_same_on_shared_rows(tiny_model, tmp_path, name):
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.floats(-50, 50),
-    st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=1, max_size=6).filter(
-        lambda values: any(present for _, present in values)
-    ),
-    st.floats(0.01, 2),
-)
+@given(*RATIOS)
 def test_dmpo_equals_the_formula(chosen, rejected, beta):
     present = [value for value, present in rejected if present]
     margin = torch.tensor(beta * (chosen - sum(present) / len(present)), dtype=torch.float64)
-    loss = dmpo_loss(
-        torch.tensor([chosen], dtype=torch.float64),
-        torch.tensor([[value for value, _ in rejected]], dtype=torch.float64),
-        torch.tensor([[present for _, present in rejected]]),
-        beta,
-    )
-    assert loss.item() == pytest.approx(torch.log1p(torch.exp(-margin)).item(), rel=1e-9, abs=1e-12)
+    expected = torch.log1p(torch.exp(-margin)).item()
+    assert loss_of_one(dmpo_loss, chosen, rejected, beta) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_list_losses_differ_on_lists_and_are_dpo_on_pairs(tiny_model, tmp_path):
@@ -170,6 +168,16 @@ def test_a_loss_for_pairs_refuses_lists_before_anything_is_loaded(stage, tmp_pat
     for files in ({"train": "lists"}, {"valid": "lists"}):
         with pytest.raises(InputError, match=re.escape(complaint)):
             stage("--loss_type", name, "--label_smoothing", "0.1", **files)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_of_a_run_that_was_not_finished_are_refused(stage, tmp_path):
+    run = {"script": "dataset_generate.py", "state": "interrupted", "arguments": {}, "inputs": {}}
+    write_json(tmp_path / "random" / "run.json", run)
+    write_json(tmp_path / "random" / "data" / "pairs.json", PAIRS)
+    for files in ({"train": "random/data/pairs"}, {"valid": "random/data/pairs"}):
+        with pytest.raises(InputError, match="data/pairs.json: dataset_generate.py is interrupted in .*random; run it"):
+            stage(**files)
     assert not (tmp_path / "out").exists()
 
 

@@ -6,35 +6,19 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_catalogue import CATALOGUE, TITLES, UNKNOWN, known, make_record, make_sampler
 
-from cebs.catalogue import Catalogue, interest_cluster
-from cebs.negatives import NegativeSampler, selection_counts
+from cebs.catalogue import interest_cluster
+from cebs.negatives import selection_counts
 from cebs.preferences import preference_record, read_preferences
-from cebs.prompts import Record, quote
+from cebs.prompts import quote
 from cebs.selectors import Selector
 from utils import InputError, record_seed, write_json
 
-TITLES = [f"T{number}" for number in range(9)]
-UNKNOWN = ["U0", "U1", "U2"]
-CATALOGUE = Catalogue(
-    TITLES,
-    {title: ["aceg"[number % 4], "bdf"[number % 3]][: number % 3] for number, title in enumerate(TITLES)},
-    list("abcdefg"),
-)
-known = st.sampled_from(TITLES)
 rows = st.tuples(st.lists(known, max_size=3), known)
 proposals = st.lists(st.sampled_from([*TITLES, *UNKNOWN, "NAN", ""]), max_size=12)
 settings_of = st.sampled_from(["keep", "drop"])
 HARD, LONG_TAIL = Selector("in", "first"), Selector("out", "low_exposure")
-
-
-def make_record(history, target):
-    return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
-
-
-def sampler_of(train, unknown_titles="keep", seed=0):
-    train_records = [make_record(*row) for row in train]
-    return NegativeSampler(CATALOGUE, train_records, unknown_titles=unknown_titles, fallback="random", seed=seed)
 
 
 def describe(sampler, titles, record):
@@ -52,7 +36,7 @@ def exposure(title, train):
 
 @given(rows, st.lists(rows, max_size=6), proposals)
 def test_candidates_are_described_in_the_order_sampled(row, train, proposed):
-    record, sampler = make_record(*row), sampler_of(train)
+    record, sampler = make_record(*row), make_sampler(train)
     cluster = interest_cluster(record.history, CATALOGUE)
     described = describe(sampler, proposed, record)
     assert [candidate.title for candidate in described] == proposed
@@ -68,7 +52,7 @@ def test_candidates_are_described_in_the_order_sampled(row, train, proposed):
 @given(rows, st.lists(rows, max_size=6), proposals, settings_of, st.integers(0, 5))
 def test_negatives_against_brute_force(row, train, proposed, unknown_titles, index):
     history, target = row
-    record, sampler = make_record(*row), sampler_of(train, unknown_titles)
+    record, sampler = make_record(*row), make_sampler(train, unknown_titles)
     candidates = describe(sampler, proposed, record)
     cluster = set(interest_cluster(history, CATALOGUE))
 
@@ -104,22 +88,22 @@ def test_negatives_against_brute_force(row, train, proposed, unknown_titles, ind
         assert chosen.in_catalogue == (chosen.title in TITLES)
         assert chosen.in_catalogue or unknown_titles == "keep"
     # the same seed, the same choice, whatever was chosen in between
-    again = sampler_of(train, unknown_titles)
+    again = make_sampler(train, unknown_titles)
     assert choose(again, LONG_TAIL, candidates, record, "train", index) == long_tail
     assert choose(again, HARD, candidates, record, "train", index) == hard
 
 
 def test_fall_backs_are_random_over_all_candidates():
-    record, sampler = make_record(["T1"], "T2"), sampler_of([])
+    record, sampler = make_record(["T1"], "T2"), make_sampler()
     candidates = describe(sampler, ["U0", "U1", "U2"], record)
     counts = Counter(choose(sampler, HARD, candidates, record, "train", index).title for index in range(600))
     assert counts.keys() == {"U0", "U1", "U2"} and min(counts.values()) > 150
-    of_seeds = {choose(sampler_of([], seed=seed), HARD, candidates, record, "train", 0).title for seed in range(20)}
+    of_seeds = {choose(make_sampler(seed=seed), HARD, candidates, record, "train", 0).title for seed in range(20)}
     assert of_seeds == {"U0", "U1", "U2"}
 
 
 def test_the_two_kinds_of_fall_back_are_drawn_apart():
-    record, sampler = make_record([], "T2"), sampler_of([])
+    record, sampler = make_record([], "T2"), make_sampler()
     inside_none = describe(sampler, ["U0", "U1"], record)
     none = describe(sampler, [], record)
     assert all(choose(sampler, HARD, none, record, "train", index).fallback == "catalogue" for index in range(5))
@@ -130,7 +114,7 @@ def test_the_two_kinds_of_fall_back_are_drawn_apart():
 @given(rows, st.lists(known, min_size=1, max_size=6, unique=True), st.integers(0, 9), st.integers(1, 8))
 def test_random_negatives_are_never_target_or_history(row, titles, index, count):
     history, target = row
-    record, sampler = make_record(*row), sampler_of([])
+    record, sampler = make_record(*row), make_sampler()
     free = set(titles) - {target, *history}
     if free:
         drawn = sampler.random([*titles, ""], record, "train", index, count)
@@ -142,7 +126,7 @@ def test_random_negatives_are_never_target_or_history(row, titles, index, count)
 
 
 def test_fall_backs_are_counted():
-    record, sampler = make_record(["T1"], "T2"), sampler_of([])
+    record, sampler = make_record(["T1"], "T2"), make_sampler()
     lists = [["T4"], ["U0"], [], ["T2"]]
     candidates = [describe(sampler, titles, record) for titles in lists]
     chosen = [choose(sampler, HARD, each, record, "train", index) for index, each in enumerate(candidates)]

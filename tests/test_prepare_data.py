@@ -5,12 +5,15 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CLASSICS, listing, run_main
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_ratings import TOY_FILMS, TOY_GENRES, TOY_SIZES, toy_ratings, write_atomic, write_grouplens
 
 import prepare_data
 from cebs.catalogue import load_catalogue
@@ -31,69 +34,14 @@ from cebs.ratings import (
 )
 from cebs.sources import MOVIELENS, find_movielens
 from sampled_data.classics import simulate
-from utils import InputError, read_json, run_script
+from utils import InputError, read_json
 
 GOODREADS = PROJECT / "../shared/goodreads"
-CLASSICS = PROJECT / "sampled_data/classics"
-TOY_SIZES = ["--train_size", "30", "--valid_size", "8", "--test_size", "20", "--history_length", "3"]
-
-# number, title, year, genres
-TOY_FILMS = [
-    (1, "Toy Story", "1995", ["Animation", "Children's"]),
-    (2, 'The "Double" Quote', "1990", ["Comedy"]),
-    (3, "Misérables, Les", "1995", ["Drama"]),
-    (4, "Chasing Amy", "1997", ["Drama"]),
-    (5, "", "", ["unknown"]),  # item 267 of MovieLens
-    (6, "Chasing Amy", "1997", ["Comedy", "Drama"]),
-    (7, "Good Morning", "1971", ["unknown"]),
-    (8, "Land Before Time III (1995)", "V", ["Animation"]),
-    *((number, f"Film {number}", "1980", ["Drama"] if number % 2 else ["Comedy"]) for number in range(9, 25)),
-]
-TOY_GENRES = ["unknown", "Animation", "Children's", "Comedy", "Drama"]
-
-
-def run(*flags: str | Path) -> None:
-    prepare_data.main(*prepare_data.make_parser().parse_args_and_config([str(flag) for flag in flags]))
+run = partial(run_main, "prepare_data")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in DATA_FILES}
-
-
-def toy_ratings() -> list[tuple[int, int, int, int]]:
-    """Six users rate all films, several in the same second; the later the user, the later the ratings."""
-    rng = np.random.default_rng(0)
-    return [
-        (user, item, int(rng.choice([2, 4, 5])), 880_000_000 + 50 * user + place // 3)
-        for user in range(1, 7)
-        for place, item in enumerate(rng.permutation([film[0] for film in TOY_FILMS]).tolist())
-    ]
-
-
-def write_grouplens(folder: Path, films: list, genres: list[str], ratings: list) -> Path:
-    """Writes films and ratings as GroupLens' archive has them."""
-    folder.mkdir()
-    lines = []
-    for number, title, year, names in films:
-        title = f"{title} ({year})" if title else "unknown"
-        flags = "|".join(str(int(genre in names)) for genre in genres)
-        lines.append(f"{number}|{title}|01-Jan-1995||http://us.imdb.com/M/title-exact?{number}|{flags}\n")
-    (folder / "u.item").write_text("".join(lines), encoding="latin-1")
-    (folder / "u.genre").write_text("".join(f"{genre}|{index}\n" for index, genre in enumerate(genres)) + "\n")
-    (folder / "u.data").write_text("".join("\t".join(map(str, rating)) + "\n" for rating in ratings))
-    return folder
-
-
-def write_atomic(folder: Path, films: list, ratings: list) -> Path:
-    """Writes films and ratings as the package on PyPI has them."""
-    folder.mkdir()
-    lines = ["item_id:token\tmovie_title:token_seq\trelease_year:token\tclass:token_seq\n"]
-    for number, title, year, names in films:
-        lines.append(f"{number}\t{title or 'unkonwn'}\t{year or 'unkonwn'}\t{' '.join(names)}\n")
-    (folder / "ml-100k.item").write_text("".join(lines), encoding="utf-8")
-    header = "user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
-    (folder / "ml-100k.inter").write_text(header + "".join("\t".join(map(str, r)) + "\n" for r in ratings))
-    return folder
 
 
 @pytest.fixture
@@ -321,22 +269,12 @@ def test_sprec_takes_the_whole(sprec, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_refusal(capsys, monkeypatch, flags: list, message: str, root: Path) -> None:
-    """Exit code 2, one line on stderr with the message, and not a file added or changed."""
-    before = {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as ended:
-        run_script(prepare_data.main, prepare_data.make_parser())
-    error = capsys.readouterr().err
-    assert ended.value.code == 2
-    assert error.startswith("prepare_data.py: error: ") and error.count("\n") == 1 and message in error, error
-    assert {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()} == before
-
-
-def test_the_data_set_that_ships_is_safe(grouplens, capsys, monkeypatch):
+def test_the_data_set_that_ships_is_safe(grouplens, refusal):
     """Another data folder, made by no run of this script, is never written over."""
-    flags = ["--source", grouplens, *TOY_SIZES, "--output_dir", CLASSICS]
-    check_refusal(capsys, monkeypatch, flags, "use --overwrite or another --output_dir", CLASSICS)
+    before = listing(CLASSICS)
+    flags = ("--source", grouplens, *TOY_SIZES, "--output_dir", CLASSICS)
+    assert "use --overwrite or another --output_dir" in refusal("prepare_data", *flags)
+    assert listing(CLASSICS) == before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +328,7 @@ def test_default_output_dirs(sprec, tmp_path, monkeypatch):
 
 
 def test_classics_are_what_the_script_writes(tmp_path):
-    simulate.main(*simulate.make_parser().parse_args_and_config(["--output_dir", str(tmp_path)]))
+    run_main("sampled_data.classics.simulate", "--output_dir", tmp_path)
     assert contents(tmp_path) == contents(CLASSICS)
 
 
@@ -410,7 +348,7 @@ def test_classics():
 def test_simulate_does_not_replace_other_data(tmp_path):
     (tmp_path / "train_sample.json").write_text("[]")
     with pytest.raises(InputError, match="--overwrite"):
-        simulate.main(*simulate.make_parser().parse_args_and_config(["--output_dir", str(tmp_path)]))
+        run_main("sampled_data.classics.simulate", "--output_dir", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["train_sample.json"]
 
 

@@ -9,6 +9,7 @@ import urllib.parse
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -272,6 +273,12 @@ def test_names_that_would_leave_the_folder(tmp_path, name):
     file = per_user_file(tmp_path / "r.csv", name, name)
     write_per_user(file, {})
     assert file.parent.parent == tmp_path / "per_user" and len(list(tmp_path.rglob("*.json"))) == 1
+
+
+def test_a_table_that_another_process_writes_in_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("cebs.results.LOCK_TIMEOUT_S", 0)
+    with FileLock(tmp_path / ".r.csv.lock"), pytest.raises(InputError, match="r.csv: another process has been writing"):
+        update_results(tmp_path / "r.csv", {"Dataset": "Books", "Model": "SFT", "Encoder": ""})
 
 
 def test_a_name_too_long_for_a_file_is_said(tmp_path):

@@ -243,8 +243,10 @@ def test_the_weight_changes_the_adapter_and_not_what_is_evaluated(tiny_model, da
     (plain,) = train("plain", *still)["counts"]["eval_loss"]
     (weighted,) = train("weighted", *still, "--history_loss_weight", "1")["counts"]["eval_loss"]
     assert weighted == plain
-    train("zero", "--learning_rate", "0.01", "--history_loss_weight", "0")
+    train("zero", "--learning_rate", "0.01", "--history_loss_weight", "0", "--report_to", "none")
+    assert not (tmp_path / "zero/runs").exists()
     run = train("recipe", "--config", PROJECT / "configs" / "sft_recipe.yaml", "--learning_rate", "0.01")
     assert run["arguments"]["history_loss_weight"] == 1.0 and run["state"] == "done"
+    assert list(tmp_path.glob("recipe/runs/*/events.out.tfevents.*"))
     zero, recipe = adapter(tmp_path / "zero"), adapter(tmp_path / "recipe")
     assert any(not torch.equal(zero[name], recipe[name]) for name in zero)

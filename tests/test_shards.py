@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import edit_json, listing, run_main
+from conftest import edit_json, interrupt_at, listing, run_main
 from filelock import FileLock
 from processes import finish, start_processes
 
@@ -124,7 +124,7 @@ def shards(decoding, whole):
     for number in (1, 2, 3):
         if number == 1:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(Journal, "append", interrupted_after(1))
+                interrupt_at(patched, Journal, "append", 1)
                 with pytest.raises(KeyboardInterrupt):
                     decoding.run("shards", "--shard", "1/3")
             assert read_json(decoding.root / "shards/shard_1_of_3/run.json")["state"] == "interrupted"
@@ -133,18 +133,6 @@ def shards(decoding, whole):
         f"shard_{number}_of_3" for number in (1, 2, 3)
     ]
     return decoding.root / "shards"
-
-
-def interrupted_after(batches: int):
-    calls, append = [], Journal.append
-
-    def append_or_not(journal, start, results):
-        calls.append(start)
-        if len(calls) > batches:
-            raise KeyboardInterrupt
-        append(journal, start, results)
-
-    return append_or_not
 
 
 def copy(shards: Path, name: str) -> Path:

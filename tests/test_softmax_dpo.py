@@ -6,9 +6,18 @@ import pytest
 import torch
 from datasets import Dataset
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from preference_training import LISTS, PAIRS, ApartDPOTrainer, assert_same_step, make_adapted, make_trainer, step
+from peft import LoraConfig
+from preference_training import (
+    LISTS,
+    PAIRS,
+    RATIOS,
+    ApartDPOTrainer,
+    assert_same_step,
+    loss_of_one,
+    make_adapted,
+    make_trainer,
+    step,
+)
 
 from cebs.models import load_model
 from cebs.softmax_dpo import (
@@ -35,23 +44,11 @@ def test_loss_is_dpo_with_one_rejected_title():
 
 
 @settings(max_examples=50, deadline=None)
-@given(
-    st.floats(-50, 50),
-    st.lists(st.tuples(st.floats(-50, 50), st.booleans()), min_size=1, max_size=6).filter(
-        lambda values: any(present for _, present in values)
-    ),
-    st.floats(0.01, 2),
-)
+@given(*RATIOS)
 def test_loss_equals_the_formula(chosen, rejected, beta):
     total = sum(math.exp(beta * (value - chosen)) for value, present in rejected if present)
     expected = math.log1p(total)  # -log sigmoid(-log total)
-    loss = softmax_dpo_loss(
-        torch.tensor([chosen], dtype=torch.float64),
-        torch.tensor([[value for value, _ in rejected]], dtype=torch.float64),
-        torch.tensor([[present for _, present in rejected]]),
-        beta,
-    )
-    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert loss_of_one(softmax_dpo_loss, chosen, rejected, beta) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_loss_does_not_overflow():
@@ -77,21 +74,9 @@ def test_shared_rows_equal_repeated_prompts(tiny_model, tmp_path, precompute):
     """Lists of different lengths, prompts of very different lengths, one-letter titles."""
     steps = []
     for shared in (True, False):
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(load_model(tiny_model), config)
-        steps.append(
-            step(
-                make_trainer(
-                    model,
-                    tiny_model,
-                    tmp_path / str(shared),
-                    LISTS,
-                    shared_prompt=shared,
-                    precompute_ref_log_probs=precompute,
-                )
-            )
-        )
+        model, settings = make_adapted(tiny_model, std=0), {"precompute_ref_log_probs": precompute}
+        trainer = make_trainer(model, tiny_model, tmp_path / str(shared), LISTS, shared_prompt=shared, **settings)
+        steps.append(step(trainer))
     assert_same_step(*steps)
 
 
@@ -140,9 +125,7 @@ def test_training_on_mixed_lists_widens_the_margin(adapted, tiny_model, tmp_path
 def test_both_layouts_have_one_loss_curve(tiny_model, tmp_path):
     curves = []
     for shared in (True, False):
-        torch.manual_seed(0)
-        config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(load_model(tiny_model), config)
+        model = make_adapted(tiny_model, std=0)
         settings = {"max_steps": 6, "learning_rate": 1e-3, "save_strategy": "no", "logging_steps": 1}
         trainer = make_trainer(model, tiny_model, tmp_path / str(shared), LISTS, shared_prompt=shared, **settings)
         trainer.train()

@@ -13,12 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import listing, run_main, start_script
-from peft import LoraConfig, get_peft_model
+from conftest import listing, make_adapter, run_main, start_script
 
 from cebs import sources
 from cebs.files import PROJECT
-from cebs.models import load_model, save_adapter
+from cebs.models import load_model
 from cebs.prompts import quote
 from cebs.sources import Package, unpack
 from utils import InputError, read_json, sha256, write_json
@@ -322,9 +321,7 @@ def test_the_look_for_listeners_sees_one(tmp_path):
 def test_an_adapter_as_a_pickle_is_no_adapter(tiny_model, tokenizer, tmp_path):
     import torch
 
-    folder = tmp_path / "final_model"
-    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
-    save_adapter(model, tokenizer, folder, tiny_model)
+    folder = make_adapter(tmp_path / "final_model", tiny_model, tokenizer)
     torch.save({"x": 1}, folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match="no adapter_model.safetensors"):

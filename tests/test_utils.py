@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import edit_json, listing
+from conftest import edit_json, listing, make_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cebs.files import PROJECT
-from cebs.models import load_model, save_adapter
+from cebs.models import load_model
 from cebs.prompts import read_records
 from cebs.runs import ADAPTER_WEIGHTS
 from utils import (
@@ -489,12 +489,7 @@ def test_require_done(stage):
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, tiny_model, tokenizer):
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(load_model(tiny_model), LoraConfig(r=2, target_modules=["q_proj"]))
-    folder = tmp_path_factory.mktemp("adapter") / "final_model"
-    save_adapter(model, tokenizer, folder, Path(tiny_model))
-    return folder
+    return make_adapter(tmp_path_factory.mktemp("adapter") / "final_model", tiny_model, tokenizer)
 
 
 @pytest.fixture

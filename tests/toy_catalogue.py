@@ -1,0 +1,25 @@
+"""A catalogue of nine titles with none to two genres each, titles outside it, and records and samplers of them."""
+
+from hypothesis import strategies as st
+
+from cebs.catalogue import Catalogue
+from cebs.negatives import NegativeSampler
+from cebs.prompts import Record, quote
+
+TITLES = [f"T{number}" for number in range(9)]
+UNKNOWN = ["U0", "U1", "U2"]
+CATALOGUE = Catalogue(
+    TITLES,
+    {title: ["aceg"[number % 4], "bdf"[number % 3]][: number % 3] for number, title in enumerate(TITLES)},
+    list("abcdefg"),
+)
+known = st.sampled_from(TITLES)
+
+
+def make_record(history, target):
+    return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
+
+
+def make_sampler(train=(), unknown_titles="keep", fallback="random", seed=0):
+    train_records = [make_record(*row) for row in train]
+    return NegativeSampler(CATALOGUE, train_records, unknown_titles=unknown_titles, fallback=fallback, seed=seed)
