@@ -114,6 +114,14 @@ def test_random_negatives_wait_for_no_model(description):
     assert stage.after == ["downloads"] and "--model_name_or_path" not in stage.command
 
 
+def test_a_fused_row_needs_the_predictions_of_its_parts_and_shares_them():
+    description = read_description(PROJECT / "configs/recipe.yaml")
+    stages = make_plan(description, *description["rows"]).stages
+    assert stages["sft_itemknn/predict"].after == ["sft/predict", "itemknn/predict"]
+    assert sum(stage.command[0] == "generate_predict_batch.py" for stage in stages.values()) == 1
+    assert set(stages) == set(make_plan(description, "SFT + ItemKNN + SASRec", *description["rows"]).stages)
+
+
 def test_movielens_is_made_where_no_data_folder_is_given(description):
     assert "data" in make_plan(description, "Origin", data_dir="").stages
     assert "data" not in make_plan(description, "Origin").stages
@@ -136,6 +144,8 @@ def test_row_names_have_folders_of_their_own(description):
         (lambda d: d["rows"].update(New={"strat": "sft"}), "row 'New': unknown key 'strat'"),
         (lambda d: d["rows"].update(New={"start": "dpo"}), "row 'New': start must be origin or sft"),
         (lambda d: d["rows"].update(New={"start": "sft", "candidates": "mcts"}), "no candidates 'mcts'"),
+        (lambda d: d["rows"].update(New={"fuse": ["SFT", "Nobody"]}), "row 'New': fuse names 'Nobody'"),
+        (lambda d: d["rows"].update(New={"fuse": ["New"]}), "row 'New': fuse names 'New', which is no row with"),
         (lambda d: d["sizes"].update(tiny={"train": 1}), "size 'tiny': needs train, preferences"),
         (lambda d: d["main_job"].append("New"), "main_job: there is no row 'New'"),
     ],

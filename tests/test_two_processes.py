@@ -126,7 +126,9 @@ def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path):
 # --- the launchers ---
 
 
-@pytest.mark.parametrize("script", ["prepare_data.py", "predict_baselines.py", "evaluate.py", "report.py"])
+@pytest.mark.parametrize(
+    "script", ["prepare_data.py", "predict_baselines.py", "fuse_predictions.py", "evaluate.py", "report.py"]
+)
 def test_a_script_for_one_process_refuses_to_be_one_of_two(script, tmp_path):
     """Each process would have done all of the work, and written over the other's files."""
     process = start_script(script, cwd=tmp_path, WORLD_SIZE="2", RANK="0")
