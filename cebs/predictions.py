@@ -85,15 +85,10 @@ def read_rankings(
     for index, record in enumerate(records):
         if "ranking" not in record:
             continue
-        ranking = record["ranking"]
-        if not isinstance(ranking, list) or not all(isinstance(title, str) for title in ranking):
-            raise InputError(f"{path}: record {index}: 'ranking' must be a list of titles")
+        ranking = _ranking(record, f"{path}: record {index}")
         for title in ranking:
             if title not in ids:
                 raise InputError(f"{path}: record {index}: {title!r} of its ranking is not in the catalogue")
-        if len(set(ranking)) < len(ranking):
-            twice = Counter(ranking).most_common(1)[0][0]
-            raise InputError(f"{path}: record {index}: its ranking has {twice!r} more than once; keep the first")
         left = [ids[title] for title in ranking if ids[title] not in excluded[index]]
         if len(left) < min(k, len(ids) - len(excluded[index])):
             which = " that are not in its history" if excluded[index] else ""
@@ -103,6 +98,16 @@ def read_rankings(
             )
         rankings[index] = left[:k]
     return rankings
+
+
+def _ranking(record: dict[str, Any], place: str) -> list[str]:
+    ranking = record.get("ranking")
+    if not isinstance(ranking, list) or not all(isinstance(title, str) for title in ranking):
+        raise InputError(f"{place}: 'ranking' must be a list of titles")
+    if len(set(ranking)) < len(ranking):
+        twice = Counter(ranking).most_common(1)[0][0]
+        raise InputError(f"{place}: its ranking has {twice!r} more than once; keep the first")
+    return ranking
 
 
 def rankings_of_same_records(
@@ -121,11 +126,8 @@ def rankings_of_same_records(
         if len(of_file) != len(records[0]):
             raise InputError(f"{file}: has {len(of_file)} records, {files[0]} has {len(records[0])}; predict as many")
         for index, (record, first) in enumerate(zip(of_file, records[0], strict=True)):
-            ranking = record.get("ranking")
-            if not isinstance(ranking, list) or not ranking or not all(isinstance(title, str) for title in ranking):
-                raise InputError(
-                    f"{file}: record {index}: 'ranking' must be a list of titles; see --decoding, or --method"
-                )
+            if not _ranking(record, f"{file}: record {index}"):
+                raise InputError(f"{file}: record {index}: its ranking is empty; predict again")
             if record["prompt"] != first["prompt"]:
                 raise InputError(
                     f"{file}: record {index}: has another prompt than in {files[0]}; predict the same records"

@@ -76,7 +76,8 @@ def test_one_ranking_that_kept_the_history_makes_a_ranking_that_may_hold_it(runs
     [
         (lambda records: records.pop(), "has 7 records, .*popularity.* has 8; predict as many"),
         (lambda records: records[2].pop("ranking"), "record 2: 'ranking' must be a list of titles"),
-        (lambda records: records[2].update(ranking=[]), "record 2: 'ranking' must be a list of titles"),
+        (lambda records: records[2].update(ranking=[]), "record 2: its ranking is empty"),
+        (lambda records: records[2].update(ranking=["A", "A"]), "record 2: its ranking has 'A' more than once"),
         (lambda records: records[3].update(ranking=[7]), "record 3: 'ranking' must be a list of titles"),
         (lambda records: records[4].update(prompt="another"), "record 4: has another prompt than in .*popularity"),
     ],
