@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up and runs the tests: ./run_tests.sh [pytest arguments]
 #
-#   ./run_tests.sh                       all of them, under 12 minutes even on one core
+#   ./run_tests.sh                       all of them, about 5 minutes on two cores
 #   ./run_tests.sh tests/test_metrics.py -k ndcg
 #
 # RESOLVE=1 ./run_tests.sh tests/test_supply.py checks that a fresh environment resolves to the pins.
