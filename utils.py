@@ -5,10 +5,10 @@ The rooms are `cebs/{commands,errors,files,processes,runs,models}.py`; the packa
 
 from cebs.commands import RunArguments, ScriptParser, run_script
 from cebs.errors import InputError
-from cebs.files import read_json, read_list, sha256, write_json, write_text, written_whole
+from cebs.files import read_json, sha256, write_json, write_text, written_whole
 from cebs.models import base_fingerprint, check_adapter, load_tokenizer, token_limit
 from cebs.processes import record_seed
-from cebs.runs import recorded_runs, require_done, run_folder
+from cebs.runs import require_done, run_folder
 
 __all__ = [
     "InputError",
@@ -18,9 +18,7 @@ __all__ = [
     "check_adapter",
     "load_tokenizer",
     "read_json",
-    "read_list",
     "record_seed",
-    "recorded_runs",
     "require_done",
     "run_folder",
     "run_script",

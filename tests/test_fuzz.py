@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from cebs.candidates import read_candidates
 from cebs.catalogue import CATALOGUE_FILES, interest_cluster, load_catalogue
-from cebs.files import PROJECT, read_yaml
+from cebs.files import PROJECT, read_list, read_yaml
 from cebs.per_user import mean_over_seeds, read_per_user
 from cebs.plan import Plan, Settings, read_description
 from cebs.predictions import read_predictions, read_rankings
@@ -30,8 +30,9 @@ from cebs.ratings import ATOMIC_FILES, GROUPLENS_FILES, movielens_files, read_mo
 from cebs.report.inputs import read_training_log
 from cebs.report.tables import published_table
 from cebs.results import ReferenceTests, format_results, mean_rows, read_results, update_results
+from cebs.runs import recorded_runs
 from cebs.selectors import Selector, parse_negatives
-from utils import InputError, check_adapter, read_json, read_list, recorded_runs
+from utils import InputError, check_adapter, read_json
 
 NOTHING_TESTED = ReferenceTests("SFT", {}, [])
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))

@@ -13,7 +13,7 @@ from conftest import edit_json, listing, make_adapter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cebs.files import PROJECT
+from cebs.files import PROJECT, read_list
 from cebs.models import load_model
 from cebs.prompts import read_records
 from cebs.runs import ADAPTER_WEIGHTS
@@ -25,7 +25,6 @@ from utils import (
     check_adapter,
     load_tokenizer,
     read_json,
-    read_list,
     require_done,
     run_folder,
     sha256,
