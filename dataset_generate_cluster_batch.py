@@ -56,6 +56,7 @@ Interrupted and started again with the same flags, it goes on after the last fin
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -250,7 +251,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             ]
             write_json(data / f"balanced_{split}.json", balanced)
             run.counts[split] = {
-                **sampling_counts(records[split], candidates[split], sampler, script_args.num_candidates),
+                **candidate_counts(records[split], candidates[split], sampler),
+                **({} if script_args.candidates else rounds_needed(candidates[split], script_args.num_candidates)),
                 "selectors": {
                     str(selector): selection_counts([taken[selector] for taken in chosen[split]], selector.count)
                     for selector in selectors
@@ -330,30 +332,35 @@ def titles_of(taken: dict[Selector, list[Selection]], selectors: Iterable[Select
     return list(dict.fromkeys(selection.title for selector in selectors for selection in taken[selector]))
 
 
-def sampling_counts(
-    records: list[Record], candidates: list[list[Candidate]], sampler: NegativeSampler, num_candidates: int
+def candidate_counts(
+    records: list[Record], candidates: list[list[Candidate]], sampler: NegativeSampler
 ) -> dict[str, Any]:
-    """Returns how the sampling went: matches, rounds, and how many candidates exist."""
-    rounds = [-(-len(proposed) // num_candidates) for proposed in candidates]
+    """Returns how many records have a candidate inside the cluster, and how many candidates exist."""
     total = sum(map(len, candidates))
     return {
         "records": len(records),
         "with_match": sum(
             sampler.has_match(proposed, record) for record, proposed in zip(records, candidates, strict=True)
         ),
-        "rounds": {str(number): rounds.count(number) for number in sorted(set(rounds))},
         "candidates": total,
         "candidates_in_catalogue": sum(candidate.in_catalogue for proposed in candidates for candidate in proposed),
     }
 
 
+def rounds_needed(candidates: list[list[Candidate]], num_candidates: int) -> dict[str, dict[str, int]]:
+    """Returns how many records needed how many rounds of candidates."""
+    rounds = Counter(-(-len(proposed) // num_candidates) for proposed in candidates)
+    return {"rounds": {str(number): rounds[number] for number in sorted(rounds)}}
+
+
 def print_summary(counts: dict[str, Any]) -> None:
     for split in SPLITS:
         figures = counts[split]
-        rounds = ", ".join(f"{number}: {records}" for number, records in figures["rounds"].items())
         share = figures["candidates_in_catalogue"] / max(figures["candidates"], 1)
         print(f"{split}: {figures['with_match']} of {figures['records']} records have a candidate inside the cluster")
-        print(f"  rounds of candidates needed (rounds: records)  {rounds}")
+        if "rounds" in figures:
+            rounds = ", ".join(f"{number}: {records}" for number, records in figures["rounds"].items())
+            print(f"  rounds of candidates needed (rounds: records)  {rounds}")
         print(f"  candidates in the catalogue                    {share:.1%} of {figures['candidates']}")
         for selector, taken in figures["selectors"].items():
             drawn = taken["random_candidate"] + taken["random_catalogue_title"]

@@ -57,12 +57,12 @@ from cebs.metrics import (
     record_sums,
 )
 from cebs.per_user import check_per_user, per_user_file, write_per_user
-from cebs.predictions import PREDICTING, find_predictions, ranked_without_history, read_predictions, read_rankings
+from cebs.predictions import find_predictions, ranked_without_history, read_predictions, read_rankings
 from cebs.prompts import predicted_title, quoted_titles, read_records
 from cebs.results import print_results, read_results, results_columns, update_results
 from cebs.sources import find_encoder
 from cebs.statistics import intervals, number_users
-from utils import InputError, ScriptParser, require_done, run_script, sha256, write_json
+from utils import InputError, ScriptParser, run_script, sha256, write_json
 
 EXPOSURE_FILE = "train_sample.json"
 # why a figure is empty
@@ -152,7 +152,6 @@ def main(script_args: ScriptArguments) -> None:
     method = script_args.method or default_method(predictions_file)
     own_file = per_user_file(script_args.results_csv, dataset, method)
     records = read_predictions(predictions_file)
-    require_done(predictions_file, *PREDICTING)
     catalogue = load_catalogue(script_args.data_dir)
     ids = {title: index for index, title in enumerate(catalogue.titles)}
     histories = [[ids[title] for title in quoted_titles(record["prompt"]) if title in ids] for record in records]

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from tqdm import tqdm
 
 from cebs.predictions import (
-    PREDICTING,
     PREDICTION_FILES,
     find_predictions,
     ranked_without_history,
@@ -31,7 +30,7 @@ from cebs.predictions import (
     write_predictions,
 )
 from cebs.prompts import quote
-from utils import InputError, RunArguments, ScriptParser, require_done, run_folder, run_script
+from utils import InputError, RunArguments, ScriptParser, run_folder, run_script
 
 
 @dataclass(kw_only=True)
@@ -57,8 +56,6 @@ def main(script_args: ScriptArguments) -> None:
     files = [find_predictions(path) for path in script_args.predictions]
     if len(files) < 2:
         raise InputError(f"--predictions {files[0]}: one ranking is none to be fused; give two or more")
-    for file in files:
-        require_done(file, *PREDICTING)
     records = [read_predictions(file) for file in files]
     rankings = rankings_of_same_records(files, records)
 

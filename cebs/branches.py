@@ -24,7 +24,8 @@ branches, each a new token with the columns that it sees (`sees [N, C]`, N branc
     c4       1     x x . x x x x . .       the cache is not copied.
 
 All of the model but the attention runs on those N tokens alone (`[1, N]`, no padding between rows of different
-lengths); `branch_attention` arranges the queries by row, in front of the row's keys.
+lengths); `branch_attention` arranges the queries by row, in front of the row's keys. What all prompts begin with, the
+instruction, is computed once and stands in every row.
 
 Sampling and beam search choose a branch's next token among all tokens or, over a catalogue, among the edges of its
 token trie (`cebs.trie`).
@@ -35,6 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import commonprefix  # of any sequences
 from typing import NamedTuple
 
 import torch
@@ -285,17 +287,38 @@ def _forward(model: PreTrainedModel, cache: BranchCache, ids: Tensor, positions:
     ).logits[0]
 
 
-def prefill(model: PreTrainedModel, cache: BranchCache, prompts: list[list[int]], rows: list[int]) -> Tensor:
-    """Put each prompt into the first columns of its buffer row. Returns the logits after its last token, `[R, V]`."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+def prefill(
+    model: PreTrainedModel, cache: BranchCache, prompts: list[list[int]], rows: list[int], begun: int = 0
+) -> Tensor:
+    """
+    Put each prompt into the first columns of its buffer row, where its first `begun` tokens are already.
+
+    Returns:
+        `Tensor`, `[R, V]`: the logits after each prompt's last token.
+    """
+    lengths = torch.tensor([len(prompt) - begun for prompt in prompts], device=model.device)
     width = int(lengths.max())
-    query_row, column = (torch.arange(width, device=model.device) < lengths[:, None]).nonzero().unbind(1)  # [N] each
-    causal = torch.ones(1, width, width, dtype=torch.bool, device=model.device).tril()
-    ids = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    query_row, slot = (torch.arange(width, device=model.device) < lengths[:, None]).nonzero().unbind(1)  # [N] each
+    causal = torch.ones(1, width, begun + width, dtype=torch.bool, device=model.device).tril(begun)
+    ids = torch.tensor([token for prompt in prompts for token in prompt[begun:]], device=model.device)
     rows = torch.tensor(rows, device=model.device)
     mask = _additive(causal, model.dtype).expand(len(prompts), -1, -1)
-    place = Place(rows[query_row], column, rows, query_row, column, mask)
-    return _forward(model, cache, ids, column, place, keep=lengths.cumsum(0) - 1)
+    place = Place(rows[query_row], begun + slot, rows, query_row, slot, mask)
+    return _forward(model, cache, ids, begun + slot, place, keep=lengths.cumsum(0) - 1)
+
+
+def begin_rows(model: PreTrainedModel, cache: BranchCache, prompts: list[list[int]]) -> int:
+    """Put what all prompts begin with into every row, computed once; a prompt's columns are never written again.
+
+    Returns:
+        `int`: its number of tokens, less than the shortest prompt has.
+    """
+    begun = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
+    if begun:
+        prefill(model, cache, [prompts[0][:begun]], [0])
+        for buffer in cache.tensors():
+            buffer[1:, :, :begun] = buffer[0, :, :begun]
+    return begun
 
 
 def advance(
@@ -447,11 +470,12 @@ def sample_until(
         return goes_on
 
     with branching(model):
+        begun = begin_rows(model, cache, prompts) if prompts else 0
         while waiting or active:
             while waiting and len(active) < rows:
                 fresh = [waiting.popleft() for _ in range(min(PREFILL_ROWS, rows - len(active), len(waiting)))]
                 new_rows = list(range(len(active), len(active) + len(fresh)))
-                logits = prefill(model, cache, [prompts[i] for i in fresh], new_rows)
+                logits = prefill(model, cache, [prompts[i] for i in fresh], new_rows, begun)
                 first = _likeliest(trie, logits, torch.zeros(len(fresh), dtype=torch.long, device=device), top_k)
                 for i, *likeliest in zip(fresh, *first, strict=True):
                     generator = torch.Generator().manual_seed(seeds[i])
@@ -696,7 +720,8 @@ def _beams(
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     cache = BranchCache(len(prompts), int(lengths.max()) + 8 * num_beams)
     # Search s is group s % groups of prompt s // groups; S searches in all, one beam each to begin with.
-    logits = prefill(model, cache, prompts, list(range(len(prompts)))).repeat_interleave(groups, 0)  # [S, V]
+    begun = begin_rows(model, cache, prompts)
+    logits = prefill(model, cache, prompts, list(range(len(prompts))), begun).repeat_interleave(groups, 0)  # [S, V]
     search = torch.arange(len(logits), device=device)
     num_searches, prompt = len(search), search // groups
     # The N beams: search, place among its beams, newest choice, score, log-prob, tokens, last position, what it sees.

@@ -8,7 +8,7 @@ from typing import Any
 from cebs.errors import InputError
 from cebs.files import read_list, write_json
 from cebs.prompts import Record, read_user
-from cebs.runs import Run, recorded_runs
+from cebs.runs import Run, recorded_runs, require_done
 
 PREDICTING = ("generate_predict_batch.py", "predict_baselines.py", "fuse_predictions.py")
 PREDICTION_FILES = "predictions/raw_results_*.json"  # in a run folder; the star is the number of records
@@ -61,8 +61,10 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Reads prediction records; `user` is empty where a record does not say whose it is.
 
     Raises:
-        `InputError`: naming the first record that lacks a key or holds something else than text.
+        `InputError`: if the run that writes them is not finished; naming the first record that lacks a key or holds
+            something else than text.
     """
+    require_done(path, *PREDICTING)
     keys = ("prompt", "prediction", "ground_truth")
     records = read_list(path, keys)
     for index, record in enumerate(records):

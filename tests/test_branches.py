@@ -53,7 +53,16 @@ def concatenated(model, prompt, completion):
 
 
 tokens = st.integers(3, VOCABULARY - 1)
-prompt_lists = st.lists(st.lists(tokens, min_size=1, max_size=30), min_size=1, max_size=5)
+
+
+@st.composite
+def prompt_lists(draw):
+    """Up to five prompts that begin alike, or not; one may be the beginning of another."""
+    beginning = draw(st.lists(tokens, max_size=12))
+    rest = st.lists(tokens, min_size=not beginning, max_size=30)
+    return [beginning + each for each in draw(st.lists(rest, min_size=1, max_size=5))]
+
+
 completion_lists = st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=5)
 records = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=30), completion_lists), min_size=1, max_size=4)
 quick = settings(deadline=None, max_examples=12)
@@ -153,7 +162,7 @@ def test_peft_and_ddp(tmp_path):
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 @quick
-@given(prompts=prompt_lists, rows=st.integers(1, 6), max_new_tokens=st.integers(1, 12))
+@given(prompts=prompt_lists(), rows=st.integers(1, 6), max_new_tokens=st.integers(1, 12))
 def test_greedy_equals_generate(architecture, prompts, rows, max_new_tokens):
     model = MODEL if architecture == "llama" else QWEN
     found = greedy(model, prompts, max_new_tokens=max_new_tokens, stop_token_ids=STOP, rows=rows)
@@ -204,6 +213,19 @@ def test_attention_that_is_not_plain_is_refused():
         greedy(model, [[5, 6]], max_new_tokens=2, stop_token_ids=STOP)
 
 
+def test_what_all_prompts_begin_with_is_computed_once(monkeypatch):
+    passed = []
+    forward = MODEL.forward
+    monkeypatch.setattr(
+        MODEL, "forward", lambda input_ids, **kwargs: passed.append(input_ids.numel()) or forward(input_ids, **kwargs)
+    )
+    prompts = [[5, 6, 7, 8], [5, 6, 7], [5, 6, 7, 9, 9]]
+    alone = [greedy(MODEL, [prompt], max_new_tokens=1, stop_token_ids=STOP)[0] for prompt in prompts]
+    passed.clear()
+    assert greedy(MODEL, prompts, max_new_tokens=1, stop_token_ids=STOP) == alone
+    assert passed == [2, 2 + 1 + 3]  # the shortest prompt keeps a token of its own, whose logits are needed
+
+
 def test_no_prompts():
     assert greedy(MODEL, [], max_new_tokens=3, stop_token_ids=STOP) == []
     assert beam_search(MODEL, [], build_trie([[1]]), num_beams=2) == []
@@ -218,7 +240,7 @@ def sample(prompts, seeds, accept=lambda i, branches: True, **kwargs):
 
 
 @quick
-@given(prompts=prompt_lists, rows=st.integers(1, 6), num_branches=st.integers(1, 7), max_branches=st.integers(7, 20))
+@given(prompts=prompt_lists(), rows=st.integers(1, 6), num_branches=st.integers(1, 7), max_branches=st.integers(7, 20))
 def test_candidates_do_not_depend_on_the_batch(prompts, rows, num_branches, max_branches):
     def accept(index, branches):
         return sum(map(sum, branches)) % 3 == 0
@@ -232,7 +254,7 @@ def test_candidates_do_not_depend_on_the_batch(prompts, rows, num_branches, max_
 
 
 @quick
-@given(prompts=prompt_lists, rows=st.integers(1, 6), num_branches=st.integers(1, 7), max_branches=st.integers(1, 20))
+@given(prompts=prompt_lists(), rows=st.integers(1, 6), num_branches=st.integers(1, 7), max_branches=st.integers(1, 20))
 def test_rounds(prompts, rows, num_branches, max_branches):
     """`accept` sees every round once and in order; sampling goes on until it says yes or the limit is met."""
     rounds = {i: [] for i in range(len(prompts))}
@@ -306,7 +328,7 @@ catalogues = st.lists(
 
 
 @quick
-@given(prompts=prompt_lists, titles=st.none() | catalogues, num_branches=st.integers(1, 7), top_k=st.integers(1, 120))
+@given(prompts=prompt_lists(), titles=st.none() | catalogues, num_branches=st.integers(1, 7), top_k=st.integers(1, 120))
 def test_log_probs_of_samples(prompts, titles, num_branches, top_k):
     """The model's own, of the whole branch: neither temperature nor top_k nor the trie changes them."""
     found = sample_until(
@@ -472,7 +494,7 @@ def edge_bias(trie, titles, bias):
 
 
 @quick
-@given(prompts=prompt_lists, titles=any_titles, rows=st.integers(1, 6), spare=st.integers(0, 3))
+@given(prompts=prompt_lists(), titles=any_titles, rows=st.integers(1, 6), spare=st.integers(0, 3))
 def test_as_wide_as_the_catalogue_is_exhaustive(prompts, titles, rows, spare):
     found = beam_search(MODEL, prompts, build_trie(titles), num_beams=len(titles) + spare, rows=rows)
     for prompt, (branches, log_probs) in zip(prompts, found, strict=True):
@@ -484,7 +506,7 @@ def test_as_wide_as_the_catalogue_is_exhaustive(prompts, titles, rows, spare):
 
 
 @quick
-@given(prompts=prompt_lists, catalogue=biased_catalogues(), spare=st.integers(0, 3))
+@given(prompts=prompt_lists(), catalogue=biased_catalogues(), spare=st.integers(0, 3))
 def test_as_wide_as_the_catalogue_is_exhaustive_with_biases(prompts, catalogue, spare):
     """A beam whose score is below every finished title's may still rise above them, and is not given up."""
     titles, bias = catalogue
