@@ -311,8 +311,10 @@ def begin_rows(model: PreTrainedModel, cache: BranchCache, prompts: list[list[in
     """Put what all prompts begin with into every row, computed once; a prompt's columns are never written again.
 
     Returns:
-        `int`: its number of tokens, less than the shortest prompt has.
+        `int`: its number of tokens, less than the shortest prompt has; 0 for a single prompt.
     """
+    if len(prompts) < 2:
+        return 0
     begun = min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
     if begun:
         prefill(model, cache, [prompts[0][:begun]], [0])
@@ -470,7 +472,7 @@ def sample_until(
         return goes_on
 
     with branching(model):
-        begun = begin_rows(model, cache, prompts) if prompts else 0
+        begun = begin_rows(model, cache, prompts)
         while waiting or active:
             while waiting and len(active) < rows:
                 fresh = [waiting.popleft() for _ in range(min(PREFILL_ROWS, rows - len(active), len(waiting)))]
