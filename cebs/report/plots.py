@@ -481,9 +481,9 @@ def _small_multiples(
     methods: Sequence[Method], height: float, share: bool = False
 ) -> tuple[Figure, list[tuple[Method, Axes]]]:
     """Returns a figure with a titled panel for each method, up to five in a row; `share` writes the axes once."""
-    columns = min(5, max(3, len(methods)))
+    columns = min(5, len(methods))
     rows = -(-len(methods) // columns)
-    figure = Figure(figsize=(WIDTH, 0.8 + (height + 0.42) * rows), layout="constrained")
+    figure = Figure(figsize=(WIDTH * min(1, 0.1 + 0.3 * columns), 0.8 + (height + 0.42) * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
     panels = list(zip(methods, grid.flat, strict=False))
     for method, axes in panels:
