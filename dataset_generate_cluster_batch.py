@@ -33,6 +33,12 @@ python dataset_generate_cluster_batch.py --candidate_source diverse_beam --const
     --output_dir output/diverse_beam
 ```
 
+# The same, calibrated: what the model would say without a history counts against a title
+```bash
+python dataset_generate_cluster_batch.py --candidate_source beam --constrained --calibration 0.4 \
+    --output_dir output/calibrated_beam
+```
+
 # Choose again among candidates that are there, by selectors of one's own (data/negatives_{train,valid}.json) and by
 # name (data/<name>_{train,valid}.json): no model is loaded
 ```bash
@@ -62,6 +68,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from cebs.calibration import calibration_bias, common_instruction
 from cebs.candidates import candidates_as_json, read_candidates
 from cebs.catalogue import load_catalogue
 from cebs.generation import CandidateArguments, Decoder, DecodingArguments, Journal, load_decoder, run_in_batches
@@ -101,7 +110,8 @@ class ScriptArguments(PreferenceArguments, CandidateArguments):
         unknown_titles (`str`): what becomes of candidates that are not in the catalogue: `keep` admits them as
             negatives (the published behaviour), `drop` does not.
         encoder (`str`): sentence encoder of the orders `nearest_*` and `farthest_*`; loaded for these alone.
-        cache_dir (`str`, *optional*): folder where the catalogue's embeddings are kept.
+        cache_dir (`str`, *optional*): folder where the catalogue's embeddings, and its log-probabilities without a
+            history, are kept.
     """
 
     candidates: str | None = field(
@@ -134,7 +144,11 @@ class ScriptArguments(PreferenceArguments, CandidateArguments):
         metadata={"help": "Sentence encoder of the orders nearest_* and farthest_*: a folder or a name."}
     )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where the catalogue's embeddings are kept; left out, models/.embeddings."}
+        default=None,
+        metadata={
+            "help": "Where the catalogue's embeddings, and log-probabilities without a history, are kept; left out, "
+            "models/.embeddings and models/.priors."
+        },
     )
 
     def __post_init__(self):
@@ -176,6 +190,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
             check_adapter(adapter, model_dir)
+        if script_args.calibration:
+            instruction = common_instruction(Path(script_args.data_dir), [*records["train"], *records["valid"]])
     by_similarity = any(selector.order in SIMILARITY_ORDERS for selector in selectors)
     encoder_dir = find_encoder(script_args.encoder) if by_similarity else None
 
@@ -207,9 +223,27 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         journals = {split: Journal(run, f"data/candidates_{split}") for split in SPLITS}
         if not script_args.candidates:
             decoder = load_decoder(model_dir, model_args, run)
+            edge_bias = None
+            if script_args.calibration and not run.shards:
+                edge_bias = calibration_bias(
+                    decoder,
+                    catalogue.titles,
+                    instruction,
+                    script_args.calibration,
+                    model_dir=model_dir,
+                    adapter=adapter,
+                    cache_dir=script_args.cache_dir,
+                )
             proposals = {
                 split: propose_titles(
-                    decoder, sampler, records[split], split, journals[split], script_args, model_args.batch_size
+                    decoder,
+                    sampler,
+                    records[split],
+                    split,
+                    journals[split],
+                    script_args,
+                    model_args.batch_size,
+                    edge_bias,
                 )
                 for split in SPLITS
             }
@@ -288,6 +322,7 @@ def propose_titles(
     journal: Journal,
     args: CandidateArguments,
     batch_size: int,
+    edge_bias: Tensor | None,
 ) -> list[list[tuple[str, float]]]:
     """Proposes titles for each record; sampling goes on until one can be its hard negative (rule 2).
 
@@ -308,6 +343,7 @@ def propose_titles(
             titles=sampler.catalogue.titles if args.constrained else None,
             seeds=[record_seed(args.seed, split, start + index) for index in range(len(prompts))],
             accept=accept,
+            edge_bias=edge_bias,
         )
         return [[(title, round(log_prob, LOG_PROB_DECIMALS)) for title, log_prob in found] for found in proposed]
 

@@ -42,17 +42,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from cebs.branches import beam_search
-from cebs.calibration import PRIORS_CACHE, kept_edge_priors
+from cebs.calibration import calibration_bias, common_instruction
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.predictions import PREDICTION_FILES, check_histories, prediction_record, write_predictions
-from cebs.prompts import Record, build_prompt, quote, read_records
+from cebs.prompts import Record, quote, read_records
 from cebs.sources import find_model
 from utils import (
-    InputError,
     RunArguments,
     ScriptParser,
     base_fingerprint,
@@ -112,9 +109,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     test_file = data_dir / "test_sample.json"
     records = read_records(test_file)[: script_args.max_predict_samples]
     inputs = [test_file]
-    instructions = {record.instruction for record in records}
-    if script_args.calibration and len(instructions) > 1:
-        raise InputError(f"{test_file}: has {len(instructions)} different instructions; --calibration needs one")
+    instruction = common_instruction(test_file, records) if script_args.calibration else None
     if script_args.decoding == "constrained_beam":
         titles = load_catalogue(data_dir).titles
         inputs += [data_dir / name for name in CATALOGUE_FILES]
@@ -153,16 +148,15 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             trie, title_of = decoder.catalogue_trie(titles)
             edge_bias = None
             if script_args.calibration and not run.shards:
-                with PartialState().main_process_first():  # the others read what it keeps
-                    priors = kept_edge_priors(
-                        decoder.model,
-                        decoder.encode([build_prompt(records[0].instruction, input="")])[0],
-                        trie,
-                        model_dir=model_dir,
-                        adapter=model_args.adapter,
-                        cache_dir=Path(script_args.cache_dir) if script_args.cache_dir else PRIORS_CACHE,
-                    )
-                edge_bias = -script_args.calibration * priors
+                edge_bias = calibration_bias(
+                    decoder,
+                    titles,
+                    instruction,
+                    script_args.calibration,
+                    model_dir=model_dir,
+                    adapter=model_args.adapter,
+                    cache_dir=script_args.cache_dir,
+                )
 
             def left_out(record: Record) -> set[str]:
                 return set(record.history) if script_args.exclude_history else set()

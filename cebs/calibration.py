@@ -10,10 +10,12 @@ title and history (Li et al., 2016, arXiv:1510.03055), with 0 the plain log-prob
 model and the catalogue only: one number for each edge of the trie, computed once and kept.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -21,14 +23,67 @@ from transformers import PreTrainedModel
 from cebs.branches import shared_rows, token_log_probs
 from cebs.errors import InputError
 from cebs.files import sha256
+from cebs.generation import Decoder
 from cebs.kept import kept_file, read_kept, write_kept
 from cebs.models import base_fingerprint
+from cebs.prompts import Record, build_prompt
 from cebs.runs import ADAPTER_WEIGHTS
 from cebs.sources import MODELS
 from cebs.trie import TokenTrie, title_paths
 
 PRIORS_CACHE = MODELS / ".priors"
 TITLES_AT_ONCE = 32  # in one row: some 450 tokens, enough to keep the matrix units busy
+
+
+def common_instruction(path: Path, records: Iterable[Record]) -> str:
+    """Returns the instruction of all records, which is the prompt without a history.
+
+    Raises:
+        `InputError`: if there are several; `path` is where they come from.
+    """
+    instructions = {record.instruction for record in records}
+    if len(instructions) > 1:
+        raise InputError(f"{path}: has {len(instructions)} different instructions; --calibration needs one")
+    return instructions.pop()
+
+
+def calibration_bias(
+    decoder: Decoder,
+    titles: Sequence[str],
+    instruction: str,
+    weight: float,
+    *,
+    model_dir: Path,
+    adapter: str,
+    cache_dir: str | None,
+) -> Tensor:
+    """Returns what calibrated beams add to a score with each edge of the catalogue's trie, `[num_nodes]`.
+
+    Of several processes the first computes and keeps the log-probabilities, and the others read them.
+
+    Args:
+        decoder: of the model.
+        titles: the catalogue.
+        instruction: from [`common_instruction`].
+        weight: of the log-probability without a history.
+        model_dir, adapter: as for [`kept_edge_priors`].
+        cache_dir: where log-probabilities are kept; left out, in `models/.priors`.
+
+    Raises:
+        `InputError`: if the model gives NaN or infinity.
+    """
+    trie, _ = decoder.catalogue_trie(titles)
+    (prompt,) = decoder.encode([build_prompt(instruction, input="")])
+    with PartialState().main_process_first():
+        priors = kept_edge_priors(
+            decoder.model,
+            prompt,
+            trie,
+            model_dir=model_dir,
+            adapter=adapter,
+            cache_dir=Path(cache_dir) if cache_dir else PRIORS_CACHE,
+        )
+    return -weight * priors
 
 
 def kept_edge_priors(

@@ -77,6 +77,8 @@ class CandidateArguments:
         num_beam_groups (`int`): groups of a diverse beam search; a divisor of `num_candidates`.
         diversity_penalty (`float`): taken off the log-probability of a token for each beam of an earlier group that
             has chosen it at the same step.
+        calibration (`float`): of constrained beams: weight of a title's log-probability without a history, which is
+            taken off its score (see `cebs.calibration`).
     """
 
     candidate_source: str = field(
@@ -94,6 +96,11 @@ class CandidateArguments:
     diversity_penalty: float = field(
         metadata={"help": "Taken off a token's log-probability for each beam of an earlier group that has chosen it."}
     )
+    calibration: float = field(
+        metadata={
+            "help": "Of constrained beams: weight of a title's log-probability without a history, taken off its score."
+        }
+    )
 
     def __post_init__(self):
         check_counts(self)
@@ -101,6 +108,12 @@ class CandidateArguments:
             raise ValueError(f"--temperature: {self.temperature} must be above 0")
         if self.diversity_penalty < 0:
             raise ValueError(f"--diversity_penalty: {self.diversity_penalty} must be 0 or more")
+        if self.calibration < 0:
+            raise ValueError(f"--calibration: {self.calibration} must be 0 or more")
+        if self.calibration and not (self.constrained and self.candidate_source != "topk"):
+            raise ValueError(
+                "--calibration: is for beams over the catalogue; give --candidate_source beam --constrained"
+            )
         if self.candidate_source == "diverse_beam" and self.num_candidates % self.num_beam_groups:
             raise ValueError(
                 f"--num_beam_groups {self.num_beam_groups}: does not divide --num_candidates {self.num_candidates}"
@@ -284,6 +297,7 @@ class Decoder:
         titles: Sequence[str] | None,
         seeds: Sequence[int],
         accept: Callable[[int, list[str]], bool],
+        edge_bias: torch.Tensor | None = None,
     ) -> list[list[tuple[str, float]]]:
         """Proposes titles after each prompt.
 
@@ -294,11 +308,12 @@ class Decoder:
             seeds: one for each prompt, for sampling.
             accept: for sampling, called as `accept(index, newest titles)`; False asks for another round, as long as
                 there are not `max_candidates`.
+            edge_bias: for beams over the catalogue, added to the score with each edge of its trie.
 
         Returns:
             For each prompt titles and the log-probabilities of their whole completions under the model, in nats and
-            without any penalty. Sampled ones stand in the order sampled and may repeat; beams are distinct, best score
-            first, and `num_candidates` or fewer: spellings of one title in other tokens count once.
+            without any penalty or bias. Sampled ones stand in the order sampled and may repeat; beams are distinct,
+            best score first, and `num_candidates` or fewer: spellings of one title in other tokens count once.
         """
         trie, title_of = self.catalogue_trie(titles) if args.constrained else (None, {})
 
@@ -337,6 +352,7 @@ class Decoder:
                 num_beams=args.num_candidates,
                 num_beam_groups=args.num_beam_groups if args.candidate_source == "diverse_beam" else 1,
                 diversity_penalty=args.diversity_penalty,
+                edge_bias=edge_bias,
                 max_new_tokens=self.max_new_tokens,
                 stop_token_ids=self.stop_token_ids,
                 rows=rows,

@@ -122,7 +122,7 @@ def decoder(tiny_model, tokenizer):
 def candidate_arguments(**changed):
     settings = dict(num_candidates=6, max_candidates=12, top_k=50, temperature=1.0, num_beam_groups=3)
     return CandidateArguments(
-        **dict(settings, candidate_source="topk", constrained=False, diversity_penalty=1.0) | changed
+        **dict(settings, candidate_source="topk", constrained=False, diversity_penalty=1.0, calibration=0.0) | changed
     )
 
 
@@ -191,6 +191,9 @@ def test_sampling_goes_on_until_a_round_is_accepted(decoder):
     [
         (dict(temperature=0.0), "--temperature: 0.0 must be above 0"),
         (dict(diversity_penalty=-1.0), "--diversity_penalty: -1.0 must be 0 or more"),
+        (dict(calibration=-0.1), "--calibration: -0.1 must be 0 or more"),
+        (dict(calibration=0.4, candidate_source="beam"), "--calibration: is for beams over the catalogue; give --cand"),
+        (dict(calibration=0.4, constrained=True), "--calibration: is for beams over the catalogue; give --candidate_s"),
         (dict(num_candidates=0), "--num_candidates 0: must be at least 1"),
         (dict(candidate_source="diverse_beam", num_beam_groups=4), "--num_beam_groups 4: does not divide"),
     ],

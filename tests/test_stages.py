@@ -590,6 +590,23 @@ def test_calibrated_rankings_without_history(chain, out, run_script, tmp_path):
     assert [row["ranking"] for row in rows] != [row["ranking"] for row in plain]
 
 
+def test_calibrated_candidates_are_the_calibrated_ranking(chain, out, capsys):
+    copy = chain.root / out / "data"
+    shutil.copytree(chain.data_dir, copy)
+    shutil.copy(copy / "train_sample.json", copy / "test_sample.json")
+    beams = ("--data_dir", copy, "--calibration", "2", "--cache_dir", chain.root / out / "kept")
+    ranked = chain.predict(*beams, "--decoding", "constrained_beam", "--num_beams", "4", out=f"{out}/ranked")
+    capsys.readouterr()
+    source = ("--candidate_source", "beam", "--constrained", "true", "--num_candidates", "4")
+    proposed = chain.cluster(*beams, *source, out=f"{out}/proposed") / "data" / "candidates.json"
+    assert "catalogue without history" not in capsys.readouterr().err  # what the ranking has kept
+    (rows,) = (read_json(file) for file in (ranked / "predictions").iterdir())
+    titles = [[candidate["title"] for candidate in entry["candidates"]] for entry in read_json(proposed)["train"]]
+    assert titles == [row["ranking"] for row in rows]
+    plain = chain.cluster("--data_dir", copy, *source, out=f"{out}/plain") / "data" / "candidates.json"
+    assert titles != [[c["title"] for c in entry["candidates"]] for entry in read_json(plain)["train"]]
+
+
 def test_a_history_left_out_changes_nothing_else(chain, out):
     """As wide as the catalogue, the ranking is the full one without the titles of the history."""
     size = len(load_catalogue(chain.data_dir).titles)
@@ -634,6 +651,10 @@ def test_calibration_needs_one_instruction_and_a_title_that_is_left(chain, out):
     beams = ("--data_dir", copy, "--decoding", "constrained_beam", "--num_beams", "2")
     with pytest.raises(InputError, match="test_sample.json: has 2 different instructions; --calibration needs one"):
         chain.predict(*beams, "--calibration", "0.5", out=f"{out}/predictions")
+    edit_json(copy / "valid_sample.json", lambda records: [{**records[0], "instruction": "Another one"}])
+    source = ("--candidate_source", "beam", "--constrained", "true", "--calibration", "0.5")
+    with pytest.raises(InputError, match="data: has 2 different instructions; --calibration needs one"):
+        chain.cluster("--data_dir", copy, *source, out=f"{out}/candidates")
     everything = ", ".join(f'"{title}"' for title in load_catalogue(copy).titles)
     edit_json(copy / "test_sample.json", lambda records: [records[0], {**records[1], "input": everything}])
     with pytest.raises(InputError, match="test_sample.json: record 1: its history is the whole catalogue"):
