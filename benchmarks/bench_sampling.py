@@ -1,11 +1,11 @@
-"""Candidates by rules 2 and 3 of the method: the engine against stock `generate`, in time and in memory.
+"""Candidates by rules 2 and 3 of the method, and greedy answers: the engine against stock `generate`.
 
     python benchmarks/bench_sampling.py --adapter output/sft/final_model --data_dir ../shared/goodreads --json FILE
 
 The baseline is `generate` with ten return sequences and up to 100 new tokens, in batches of eight; the whole batch is
-sampled again until each of its records has a match or 40 candidates. Both sides stop a branch at the same tokens. The
-limit is the time that the tokens which must pass through the model (each prompt once, and each sampled token but a
-branch's last) would take at the machine's own matrix speed.
+sampled again until each of its records has a match or 40 candidates; for greedy answers it is `generate` in batches of
+`--rows`. Both sides stop a branch at the same tokens. The limit is the time that the tokens which must pass through the
+model (each prompt once, and each token of an answer but its last) would take at the machine's own matrix speed.
 """
 
 import sys
@@ -28,7 +28,7 @@ from benchmarks.common import (
     report,
     time_row,
 )
-from cebs.branches import sample_until
+from cebs.branches import greedy, sample_until
 from cebs.catalogue import interest_cluster, load_catalogue
 from cebs.prompts import line_end_tokens, predicted_title
 from utils import run_script
@@ -45,32 +45,37 @@ class Arguments(BenchmarkArguments):
     scaling: bool = field(default=False, metadata={"help": "Also how cost grows with branches and prompt length."})
 
 
+def stock_generate(model, prompts: list[list[int]], stop: torch.Tensor, **how) -> torch.Tensor:
+    """New tokens of `generate` for one batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    ends = dict(eos_token_id=stop.tolist(), pad_token_id=int(stop[0]))
+    return model.generate(ids, attention_mask=mask, **ends, **how)[:, width:]
+
+
 def resample_whole_batches(model, prompts, accept, stop, args: Arguments) -> list[list[list[int]]]:
     """The baseline: `generate` for a batch, again and again until each of its records has a match or 40 candidates."""
+    how = dict(do_sample=True, top_k=TOP_K, num_return_sequences=NUM_BRANCHES, max_new_tokens=args.max_new_tokens)
     candidates = []
     for start in range(0, len(prompts), args.baseline_batch_size):
         batch = prompts[start : start + args.baseline_batch_size]
-        width = max(map(len, batch))
-        ids = torch.tensor([[0] * (width - len(p)) + p for p in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
         found, done = [[] for _ in batch], [False] * len(batch)
         while not all(done):
-            new = model.generate(
-                ids,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=TOP_K,
-                num_return_sequences=NUM_BRANCHES,
-                max_new_tokens=args.max_new_tokens,
-                eos_token_id=stop.tolist(),
-                pad_token_id=int(stop[0]),
-            )[:, width:].unflatten(0, (len(batch), NUM_BRANCHES))
+            new = stock_generate(model, batch, stop, **how).unflatten(0, (len(batch), NUM_BRANCHES))
             for i, branches in enumerate(new.tolist()):
                 if not done[i]:
                     found[i] += branches
                     done[i] = accept(start + i, branches) or len(found[i]) >= MAX_BRANCHES
         candidates += found
     return candidates
+
+
+def greedy_in_batches(model, prompts, stop, args: Arguments) -> list[list[int]]:
+    """The baseline of greedy answers."""
+    batches = [prompts[start : start + args.rows] for start in range(0, len(prompts), args.rows)]
+    how = dict(do_sample=False, max_new_tokens=args.max_new_tokens)
+    return [answer for batch in batches for answer in stock_generate(model, batch, stop, **how).tolist()]
 
 
 def main(args: Arguments) -> None:
@@ -120,6 +125,20 @@ def main(args: Arguments) -> None:
         lengths = [len(branch) for branches in found for branch in branches]
         print(f"{side}: {len(lengths)} candidates, {sum(lengths) / len(lengths):.1f} tokens each (the last call)")
     rows = [time_row(f"candidates for {len(prompts)} records", baseline_s, ours_s, limit(prompts, last["ours"]))]
+
+    def engine_greedy() -> list[list[int]]:
+        return greedy(model, prompts, max_new_tokens=args.max_new_tokens, stop_token_ids=stop, rows=args.rows)
+
+    baseline_s, ours_s = interleaved(
+        [
+            lambda: greedy_in_batches(model, prompts, stop, args),
+            lambda: last.update(greedy=engine_greedy()),
+        ],
+        args.repetitions,
+        model.device,
+    )
+    answers = [[answer] for answer in last["greedy"]]
+    rows.append(time_row(f"greedy answers for {len(prompts)} records", baseline_s, ours_s, limit(prompts, answers)))
 
     # One round for one batch of the baseline's; the engine may use all its rows.
     def once(index: int, branches: list[list[int]]) -> bool:
