@@ -411,8 +411,9 @@ def _plot_training(methods: Sequence[Method], name: str, axis_label: str) -> Fig
 
 def _same_limits(panels: Sequence[Axes]) -> None:
     limits = [axes.get_ylim() for axes in panels]
+    low, high = min((low for low, _ in limits), default=0), max((high for _, high in limits), default=1)
     for axes in panels:
-        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))  # markers at an end stay whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
