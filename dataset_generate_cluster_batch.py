@@ -286,13 +286,14 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             write_json(data / f"balanced_{split}.json", balanced)
             run.counts[split] = {
                 **candidate_counts(records[split], candidates[split], sampler),
-                **({} if script_args.candidates else rounds_needed(candidates[split], script_args.num_candidates)),
                 "selectors": {
                     str(selector): selection_counts([taken[selector] for taken in chosen[split]], selector.count)
                     for selector in selectors
                 },
                 "data_sets": {},
             }
+            if not script_args.candidates:
+                run.counts[split]["rounds"] = rounds_needed(candidates[split], script_args.num_candidates)
             for name, own in data_sets.items():
                 negatives = [titles_of(taken, own) for taken in chosen[split]]
                 rows = [
@@ -383,10 +384,10 @@ def candidate_counts(
     }
 
 
-def rounds_needed(candidates: list[list[Candidate]], num_candidates: int) -> dict[str, dict[str, int]]:
-    """Returns how many records needed how many rounds of candidates."""
+def rounds_needed(candidates: list[list[Candidate]], num_candidates: int) -> dict[str, int]:
+    """Returns the number of records by the rounds of candidates that they needed."""
     rounds = Counter(-(-len(proposed) // num_candidates) for proposed in candidates)
-    return {"rounds": {str(number): rounds[number] for number in sorted(rounds)}}
+    return {str(number): rounds[number] for number in sorted(rounds)}
 
 
 def print_summary(counts: dict[str, Any]) -> None:

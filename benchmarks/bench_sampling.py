@@ -126,13 +126,12 @@ def main(args: Arguments) -> None:
         print(f"{side}: {len(lengths)} candidates, {sum(lengths) / len(lengths):.1f} tokens each (the last call)")
     rows = [time_row(f"candidates for {len(prompts)} records", baseline_s, ours_s, limit(prompts, last["ours"]))]
 
-    def engine_greedy() -> list[list[int]]:
-        return greedy(model, prompts, max_new_tokens=args.max_new_tokens, stop_token_ids=stop, rows=args.rows)
-
     baseline_s, ours_s = interleaved(
         [
             lambda: greedy_in_batches(model, prompts, stop, args),
-            lambda: last.update(greedy=engine_greedy()),
+            lambda: last.update(
+                greedy=greedy(model, prompts, max_new_tokens=args.max_new_tokens, stop_token_ids=stop, rows=args.rows)
+            ),
         ],
         args.repetitions,
         model.device,
