@@ -14,5 +14,4 @@ ruff check .
 ruff format --check .
 # A file of tests at a time for each worker. Many tests wait, for Slurm or for a process to die: one worker more than cores.
 cores=$(env -u OMP_NUM_THREADS nproc)
-export OMP_NUM_THREADS=1
 exec python -m pytest --numprocesses $((cores < 4 ? cores + 1 : 4)) --dist loadfile --no-loadscope-reorder "$@"

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
+os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: workers share the cores, and sums keep their order
 
 from fork_server import ForkedScript  # noqa: E402
 
@@ -180,7 +181,7 @@ class Result:
 
 def start_script(name: str, *args: Any, cwd: Path, **environment: str) -> ForkedScript:
     """Starts a script's real command line, `python /.../name args`, offline and on one thread."""
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, **environment}
     return ForkedScript(PROJECT / name, list(map(str, args)), cwd=cwd, env=env)
 
 

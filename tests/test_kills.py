@@ -72,9 +72,9 @@ def words(inputs, data_dir, tiny_model, encoder):
 
 
 def results(folder: Path) -> dict[str, str]:
-    """What later stages may take, with its sums."""
-    found = {str(path.relative_to(folder)) for pattern in RESULTS for path in folder.glob(pattern)}
-    found -= {"data_set/run.json"}
+    """What later stages may take, with its sums; what a killed writer leaves under a hidden name is none of it."""
+    paths = [path for pattern in RESULTS for path in folder.glob(pattern) if not path.name.startswith(".")]
+    found = {str(path.relative_to(folder)) for path in paths} - {"data_set/run.json"}
     return {name: total for name, total in listing(folder).items() if name in found and total != "folder"}
 
 

@@ -1,6 +1,5 @@
 """Supervised fine-tuning: which tokens have a label, what they weigh, and that the weight changes nothing else."""
 
-import os
 import subprocess
 import sys
 
@@ -223,7 +222,6 @@ def test_two_processes_equal_one(tiny_model, data_dir, tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no"]
         + [str(PROJECT / "sft_smol.py"), *map(str, two), "--use_cpu", "true", "--ddp_backend", "gloo"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,5 @@
 """Training by two processes: DDP with ragged lists, accumulation and an overflow; FSDP. And the launchers."""
 
-import os
 import re
 import subprocess
 import sys
@@ -63,8 +62,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def launch_two(launcher, script, *arguments):
     words = [sys.executable, "-m", *launcher, PROJECT / script, *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=180)
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=180)
 
 
 def assert_same_adapter(one: Path, two: Path) -> None:
