@@ -190,6 +190,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
             check_adapter(adapter, model_dir)
+        instruction = None
         if script_args.calibration:
             instruction = common_instruction(Path(script_args.data_dir), [*records["train"], *records["valid"]])
     by_similarity = any(selector.order in SIMILARITY_ORDERS for selector in selectors)
@@ -223,17 +224,9 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         journals = {split: Journal(run, f"data/candidates_{split}") for split in SPLITS}
         if not script_args.candidates:
             decoder = load_decoder(model_dir, model_args, run)
-            edge_bias = None
-            if script_args.calibration and not run.shards:
-                edge_bias = calibration_bias(
-                    decoder,
-                    catalogue.titles,
-                    instruction,
-                    script_args.calibration,
-                    model_dir=model_dir,
-                    adapter=adapter,
-                    cache_dir=script_args.cache_dir,
-                )
+            edge_bias = calibration_bias(
+                decoder, catalogue.titles, instruction, script_args.calibration, script_args.cache_dir
+            )
             proposals = {
                 split: propose_titles(
                     decoder,

@@ -146,17 +146,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 return [prediction_record(record, answer) for (record, _), answer in zip(batch, answers, strict=True)]
         else:
             trie, title_of = decoder.catalogue_trie(titles)
-            edge_bias = None
-            if script_args.calibration and not run.shards:
-                edge_bias = calibration_bias(
-                    decoder,
-                    titles,
-                    instruction,
-                    script_args.calibration,
-                    model_dir=model_dir,
-                    adapter=model_args.adapter,
-                    cache_dir=script_args.cache_dir,
-                )
+            edge_bias = calibration_bias(decoder, titles, instruction, script_args.calibration, script_args.cache_dir)
 
             def left_out(record: Record) -> set[str]:
                 return set(record.history) if script_args.exclude_history else set()

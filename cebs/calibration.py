@@ -48,30 +48,27 @@ def common_instruction(path: Path, records: Iterable[Record]) -> str:
 
 
 def calibration_bias(
-    decoder: Decoder,
-    titles: Sequence[str],
-    instruction: str,
-    weight: float,
-    *,
-    model_dir: Path,
-    adapter: str,
-    cache_dir: str | None,
-) -> Tensor:
+    decoder: Decoder, titles: Sequence[str], instruction: str | None, weight: float, cache_dir: str | None
+) -> Tensor | None:
     """Returns what calibrated beams add to a score with each edge of the catalogue's trie, `[num_nodes]`.
 
     Of several processes the first computes and keeps the log-probabilities, and the others read them.
 
     Args:
-        decoder: of the model.
+        decoder: from `load_decoder`.
         titles: the catalogue.
-        instruction: from [`common_instruction`].
+        instruction: from [`common_instruction`]; not used with weight 0.
         weight: of the log-probability without a history.
-        model_dir, adapter: as for [`kept_edge_priors`].
         cache_dir: where log-probabilities are kept; left out, in `models/.priors`.
+
+    Returns:
+        None with weight 0, and from a decoder without a model.
 
     Raises:
         `InputError`: if the model gives NaN or infinity.
     """
+    if not weight or decoder.model is None:
+        return None
     trie, _ = decoder.catalogue_trie(titles)
     (prompt,) = decoder.encode([build_prompt(instruction, input="")])
     with PartialState().main_process_first():
@@ -79,8 +76,8 @@ def calibration_bias(
             decoder.model,
             prompt,
             trie,
-            model_dir=model_dir,
-            adapter=adapter,
+            model_dir=decoder.model_dir,
+            adapter=decoder.adapter,
             cache_dir=Path(cache_dir) if cache_dir else PRIORS_CACHE,
         )
     return -weight * priors

@@ -236,6 +236,8 @@ class Decoder:
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         max_new_tokens (`int`): most tokens of an answer.
         rows (`int`): prompts decoded side by side; half as many from when memory runs out.
+        model_dir (`Path`, *optional*): where the base model comes from.
+        adapter (`str`): folder of the adapter that is merged into `model`, or an empty string.
     """
 
     def __init__(
@@ -246,9 +248,12 @@ class Decoder:
         max_length: int,
         max_new_tokens: int,
         rows: int,
+        model_dir: Path | None = None,
+        adapter: str = "",
     ):
         self.model, self.tokenizer = model, tokenizer
         self.max_length, self.max_new_tokens, self.rows = max_length, max_new_tokens, rows
+        self.model_dir, self.adapter = model_dir, adapter
         self.stop_token_ids = torch.tensor(line_end_tokens(tokenizer))
         self.shortened_prompts = 0
 
@@ -386,4 +391,6 @@ def load_decoder(model_dir: Path, args: DecodingArguments, run: Run) -> Decoder:
         max_length=token_limit(model_dir, args.max_length),
         max_new_tokens=args.max_new_tokens,
         rows=args.rows,
+        model_dir=model_dir,
+        adapter=args.adapter,
     )
