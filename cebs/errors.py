@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -17,14 +18,19 @@ class InputError(ValueError):
 @contextlib.contextmanager
 def errors_in_one_line(program: str) -> Iterator[None]:
     """Ends the process with one line on stderr: exit code 2 after bad input, 130 after an interruption, 1 after a write
-    that failed. A traceback is left for what is a bug.
+    that failed. A traceback is left for what is a bug. Where nobody reads stdout any more, as after `| head`, it ends
+    without a word, with exit code 141.
     """
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         line, code = f"error: {error}", 2
     except KeyboardInterrupt:
         line, code = "interrupted; the same command goes on from here", 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        sys.exit(128 + signal.SIGPIPE)
     except Exception as error:
         fault = storage_fault(error)
         if not fault:

@@ -24,7 +24,8 @@ SCRIPTS = (
     *("DPO_from_dpoData.py", "generate_predict_batch.py", "predict_baselines.py", "fuse_predictions.py"),
     "evaluate.py",
 )
-ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of", "fuse")
+ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of", "model_of", "predict", "fuse")
+SOURCES = {"baseline", "model_of", "fuse"}  # of a row's predictions, in place of a training with a start
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
@@ -51,6 +52,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
         for part in spec.get("fuse", ()):
             if "fuse" in description["rows"].get(part, {"fuse"}):
                 raise InputError(f"{path}: row {row!r}: fuse names {part!r}, which is no row with a ranking of its own")
+        if "model_of" in spec and "start" not in description["rows"].get(spec["model_of"], {}):
+            raise InputError(f"{path}: row {row!r}: model_of names {spec['model_of']!r}, which is no row with a start")
     for source, flags in description["candidates"].items():
         if slug(str(source)) != source:
             raise InputError(f"{path}: candidates {source!r}: the name may have a to z, 0 to 9 and _ only")
@@ -88,8 +91,9 @@ def _check_row(place: str, spec: Any, candidates: dict[str, Any]) -> None:
                     parse_negatives(word.split())
                 except InputError as error:
                     raise InputError(f"{place}: {error}") from error
-    if not {"baseline", "fuse"} & spec.keys() and spec.get("start") not in ("origin", "sft"):
+    if not SOURCES & spec.keys() and spec.get("start") not in ("origin", "sft"):
         raise InputError(f"{place}: start must be origin or sft, or baseline the name of one")
+    _check_flags(f"{place}: predict", spec.get("predict", ""))
     if (source := spec.get("candidates", "sampled")) not in candidates:
         raise InputError(f"{place}: no candidates {source!r} are described")
 
@@ -204,7 +208,8 @@ class Plan:
             files = shlex.join(str(part.result) for part in parts)
             flags = self.seeded() | {"output_dir": folder}
             return self.add(name, f"fuse_predictions.py --predictions {files}", flags, after=parts, result=result)
-        trained = self.trained(row, spec, folder)
+        model = spec.get("model_of", row)
+        trained = self.trained(model, self.description["rows"][model], self.folder(model))
         return self.add(
             name,
             "generate_predict_batch.py",
@@ -212,6 +217,7 @@ class Plan:
             after=trained or self.data(),
             result=result,
             records=self.settings.sizes["test"],
+            own_flags=spec.get("predict"),
         )
 
     # -- What rows share ----------------------------------------------------------------------------------------------
@@ -371,14 +377,21 @@ class Plan:
         return self.samples(train="preferences", eval="valid")
 
     def add(
-        self, name: str, command: str, flags: dict[str, Any], after: list[Stage], result: Path, records: int = 0
+        self,
+        name: str,
+        command: str,
+        flags: dict[str, Any],
+        after: list[Stage],
+        result: Path,
+        records: int = 0,
+        own_flags: str | None = None,
     ) -> Stage:
-        """Adds a stage, unless it is there, and returns it."""
+        """Adds a stage, unless it is there, and returns it; its own flags take the place of its script's."""
         if name not in self.stages:
             words = shlex.split(command)
             for flag, value in flags.items():
                 words += [f"--{flag}", str(value)]
-            words += shlex.split(self.description["flags"].get(words[0], ""))
+            words += shlex.split(self.description["flags"].get(words[0], "") if own_flags is None else own_flags)
             cost = self.description["seconds"][words[0]]
             seconds = cost["start"] + cost["record"] * records
             self.stages[name] = Stage(name, words, [stage.name for stage in after], result, seconds)

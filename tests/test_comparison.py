@@ -1,5 +1,6 @@
 """The graph of the comparison, and its runner: what is shared, resumed, left out and said."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,12 @@ def test_every_file_that_a_stage_reads_is_the_result_of_a_stage_before_it(descri
             assert flags.get(flag, "") == "" or flags[flag] in results, (stage.name, flag)
 
 
-def test_the_commands_are_what_the_scripts_take(description):
+@pytest.mark.parametrize("name", ["comparison", "recipe"])
+def test_the_commands_are_what_the_scripts_take(name):
     """Each command of the whole graph goes through the parser of its script."""
     import importlib
 
+    description = read_description(PROJECT / f"configs/{name}.yaml")
     for stage in make_plan(description, *description["rows"]).stages.values():
         script = importlib.import_module(stage.command[0].removesuffix(".py"))
         script.make_parser().parse_args_and_config(stage.command[1:])
@@ -118,8 +121,25 @@ def test_a_fused_row_needs_the_predictions_of_its_parts_and_shares_them():
     description = read_description(PROJECT / "configs/recipe.yaml")
     stages = make_plan(description, *description["rows"]).stages
     assert stages["sft_itemknn/predict"].after == ["sft/predict", "itemknn/predict"]
-    assert sum(stage.command[0] == "generate_predict_batch.py" for stage in stages.values()) == 1
     assert set(stages) == set(make_plan(description, "SFT + ItemKNN + SASRec", *description["rows"]).stages)
+    stages = make_plan(description, *description["main_job"]).stages
+    assert sum(stage.command[0] == "generate_predict_batch.py" for stage in stages.values()) == 1
+
+
+def test_one_model_can_be_judged_by_two_protocols():
+    """A row with the model of another predicts by its own flags, and trains nothing."""
+    description = read_description(PROJECT / "configs/recipe.yaml")
+    alone = make_plan(description, "ClusterIn").stages
+    both = make_plan(description, "ClusterIn", "ClusterIn, grounded").stages
+    assert set(both) - set(alone) == {"clusterin_grounded/predict", "clusterin_grounded/evaluate"}
+    ranked, grounded = (both[f"{row}/predict"] for row in ("clusterin", "clusterin_grounded"))
+    assert ranked.after == grounded.after == ["clusterin/train"]
+    assert "constrained_beam" in ranked.command and "--exclude_history" in ranked.command
+    assert "greedy" in grounded.command and "--exclude_history" not in grounded.command
+    assert set(make_plan(description, "ClusterIn, grounded").stages) == set(both) - {
+        "clusterin/predict",
+        "clusterin/evaluate",
+    }
 
 
 def test_movielens_is_made_where_no_data_folder_is_given(description):
@@ -146,6 +166,13 @@ def test_row_names_have_folders_of_their_own(description):
         (lambda d: d["rows"].update(New={"start": "sft", "candidates": "mcts"}), "no candidates 'mcts'"),
         (lambda d: d["rows"].update(New={"fuse": ["SFT", "Nobody"]}), "row 'New': fuse names 'Nobody'"),
         (lambda d: d["rows"].update(New={"fuse": ["New"]}), "row 'New': fuse names 'New', which is no row with"),
+        (lambda d: d["rows"].update(New={"model_of": "Nobody"}), "row 'New': model_of names 'Nobody', which is no row"),
+        (
+            lambda d: d["rows"].update(New={"model_of": "ItemKNN"}),
+            "model_of names 'ItemKNN', which is no row with a start",
+        ),
+        (lambda d: d["rows"].update(New={"model_of": "New"}), "model_of names 'New', which is no row with a start"),
+        (lambda d: d["rows"].update(New={"model_of": "SFT", "predict": "'"}), "row 'New': predict: must be flags"),
         (lambda d: d["sizes"].update(tiny={"train": 1}), "size 'tiny': needs train, preferences"),
         (lambda d: d["main_job"].append("New"), "main_job: there is no row 'New'"),
     ],
@@ -259,3 +286,13 @@ def test_the_comparison_from_data_to_table(tmp_path, tiny_model, data_dir, encod
     third = subprocess.run(words, cwd=PROJECT, capture_output=True, text=True)
     assert third.returncode == 0 and "== sft/evaluate: done, skipped" in third.stdout
     assert (tmp_path / "out/results.csv").read_bytes() == table
+
+
+def test_a_reader_that_has_seen_enough_ends_it_without_a_word(tmp_path):
+    """`./run_comparison.sh --dry_run | head`"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "cebs.comparison", "--dry_run", "--output_dir", tmp_path / "out"]
+    result = subprocess.run(command, cwd=PROJECT, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, "")
