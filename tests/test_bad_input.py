@@ -50,8 +50,9 @@ def world(tmp_path_factory, tiny_model, other_model, data_dir, tokenizer, encode
             origin = folder / "data" / (f"{name}_sample.json" if part == "data" else f"{name}.json")
             shutil.copy(origin, folder / "sprec" / part / "Books" / f"{name}.json")
 
-    run = folder / "popularity"
-    run_main("predict_baselines", "--method", "popularity", "--data_dir", folder / "data", "--output_dir", run)
+    for method in ("item_knn", "popularity"):
+        run = folder / method
+        run_main("predict_baselines", "--method", method, "--data_dir", folder / "data", "--output_dir", run)
     run_main(
         "evaluate",
         *("--predictions", run / "predictions", "--data_dir", folder / "data", "--dataset", "classics", "--topk", 3),
@@ -91,6 +92,8 @@ STAGES = {
     "beams": ("generate_predict_batch", "--data_dir", "data", "--decoding", "constrained_beam", *MODEL),
     "popularity": ("predict_baselines", "--method", "popularity", "--data_dir", "data", "--output_dir", "out"),
     "sasrec": ("predict_baselines", "--method", "sasrec", "--data_dir", "data", "--output_dir", "out"),
+    "fuse": ("fuse_predictions", "--predictions", "item_knn/predictions", "popularity/predictions")
+    + ("--output_dir", "out"),
     "evaluate": ("evaluate", "--predictions", "popularity/predictions", "--data_dir", "data", "--method", "Popularity")
     + ("--dataset", "classics")
     + ("--topk", "3", "--results_csv", "results.csv", "--metrics_json", "out/metrics.json", "--encoder", "encoder")
@@ -237,6 +240,7 @@ LOG = "popularity/training_log.json"
 OF_RECORDS = ("sft", "random", "self_play", "cluster", "again", "popularity")
 OF_ADAPTERS = ("self_play", "cluster", "dpo", "predict")
 OF_MODELS = ("sft", "cluster", "predict")
+RANKING = ("evaluate", "fuse")
 OF_CATALOGUES = ("random", "cluster", "beams", "popularity", "evaluate")
 NESTED = "[" * 100_000
 
@@ -373,23 +377,23 @@ TABLE = {
         ),
     ],
     "predictions": [
-        ("missing", ("evaluate",), remove(RANKED), "popularity/predictions: no raw_results_*.json in this folder"),
+        ("missing", RANKING, remove(RANKED), "popularity/predictions: no raw_results_*.json in this folder"),
         (
             "two in the folder",
-            ("evaluate",),
+            RANKING,
             lambda: shutil.copy(RANKED, "popularity/predictions/raw_results_9.json"),
             "popularity/predictions: holds 2 files of predictions",
         ),
-        ("JSON Lines", ("evaluate",), write(RANKED, "{}\n{}"), f"{RANKED}: invalid JSON at line 2"),
-        ("object", ("evaluate",), write(RANKED, "{}"), f"{RANKED}: expected a JSON list"),
-        ("empty list", ("evaluate",), write(RANKED, "[]"), f"{RANKED}: the list is empty"),
-        ("key missing", ("evaluate",), spoil(RANKED, drop_key(3, "prompt")), f"{RANKED}: record 3: 'prompt' is missin"),
-        ("null", ("evaluate",), spoil(RANKED, set_key(3, "prediction", None)), f"{RANKED}: record 3: 'prediction' mus"),
-        ("list for a text", ("evaluate",), spoil(RANKED, set_key(0, "prompt", ["a"])), "record 0: 'prompt' must be te"),
-        ("half a character", ("evaluate",), spoil(RANKED, set_key(4, "prediction", "\udc00")), "record 4: holds half"),
-        ("user of no kind", ("evaluate",), spoil(RANKED, set_key(1, "user", {})), "record 1: 'user' must be text or a"),
-        ("ranking no list", ("evaluate",), spoil(RANKED, set_key(1, "ranking", "It")), "record 1: 'ranking' must be a"),
-        ("ranking no titles", ("evaluate",), spoil(RANKED, set_key(1, "ranking", [1])), "record 1: 'ranking' must be"),
+        ("JSON Lines", RANKING, write(RANKED, "{}\n{}"), f"{RANKED}: invalid JSON at line 2"),
+        ("object", RANKING, write(RANKED, "{}"), f"{RANKED}: expected a JSON list"),
+        ("empty list", RANKING, write(RANKED, "[]"), f"{RANKED}: the list is empty"),
+        ("key missing", RANKING, spoil(RANKED, drop_key(3, "prompt")), f"{RANKED}: record 3: 'prompt' is missin"),
+        ("null", RANKING, spoil(RANKED, set_key(3, "prediction", None)), f"{RANKED}: record 3: 'prediction' mus"),
+        ("list for a text", RANKING, spoil(RANKED, set_key(0, "prompt", ["a"])), "record 0: 'prompt' must be te"),
+        ("half a character", RANKING, spoil(RANKED, set_key(4, "prediction", "\udc00")), "record 4: holds half"),
+        ("user of no kind", RANKING, spoil(RANKED, set_key(1, "user", {})), "record 1: 'user' must be text or a"),
+        ("ranking no list", RANKING, spoil(RANKED, set_key(1, "ranking", "It")), "record 1: 'ranking' must be a"),
+        ("ranking no titles", RANKING, spoil(RANKED, set_key(1, "ranking", [1])), "record 1: 'ranking' must be"),
         ("unknown title", ("evaluate",), spoil(RANKED, set_key(1, "ranking", ["?"])), "record 1: '?' of its ranking i"),
         (
             "too short",
@@ -399,14 +403,14 @@ TABLE = {
         ),
         (
             "title twice",
-            ("evaluate",),
+            RANKING,
             spoil(RANKED, lambda r: r[2]["ranking"].__setitem__(1, r[2]["ranking"][0])),
             f"{RANKED}: record 2: its ranking has ",
         ),
-        ("a foreign run.json", ("evaluate",), write("popularity/run.json", "[]"), "run.json: was not written by these"),
+        ("a foreign run.json", RANKING, write("popularity/run.json", "[]"), "run.json: was not written by these"),
         (
             "earlier runs no mapping",
-            ("evaluate",),
+            RANKING,
             spoil("popularity/run.json", lambda run: {**run, "earlier_runs": [1]}),
             "popularity/run.json: was not written by these scripts",
         ),
@@ -666,6 +670,10 @@ BAD_ARGUMENTS = [
     (("sprec",), ("--train_size", "99999"), "--train_size 99999 cannot be had"),
     (("evaluate",), ("--topk", "0", "5"), "--topk: 0 is not a number of titles"),
     (("evaluate",), ("--topk", "99"), "its ranking has"),
+    (("fuse",), ("--rank_constant", "-1"), "--rank_constant -1: must be at least 1"),
+    (("fuse",), ("--num_titles", "0"), "--num_titles 0: must be at least 1"),
+    (("fuse",), ("--predictions", "item_knn/predictions"), "one ranking is none to be fused; give two or more"),
+    (("fuse",), ("--predictions", "data", "item_knn"), "data: no raw_results_*.json in this folder"),
     (("evaluate",), ("--bootstrap", "-1"), "--bootstrap: -1 is below 0"),
     (("evaluate",), ("--seed", "-1"), "--seed: -1 is below 0"),
     (("evaluate",), ("--predictions", "data"), "data: no raw_results_*.json in this folder"),
@@ -821,6 +829,7 @@ RESULTS = {
     **dict.fromkeys(("predict", "beams"), "predictions/raw_results_9.json"),
     **dict.fromkeys(("random", "self_play"), "data/dpo_train.json"),
     **dict.fromkeys(("cluster", "again"), "data/candidates.json"),
+    "fuse": "predictions/raw_results_9.json",
 }
 
 
