@@ -190,9 +190,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         model_dir, adapter = find_model(model_args.model_name_or_path), model_args.adapter
         if adapter:
             check_adapter(adapter, model_dir)
-        instruction = None
-        if script_args.calibration:
-            instruction = common_instruction(Path(script_args.data_dir), [*records["train"], *records["valid"]])
+        of_all = [*records["train"], *records["valid"]]
+        instruction = common_instruction(Path(script_args.data_dir), of_all) if script_args.calibration else None
     by_similarity = any(selector.order in SIMILARITY_ORDERS for selector in selectors)
     encoder_dir = find_encoder(script_args.encoder) if by_similarity else None
 

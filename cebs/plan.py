@@ -25,7 +25,7 @@ SCRIPTS = (
     "evaluate.py",
 )
 ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of", "model_of", "predict", "fuse")
-SOURCES = {"baseline", "model_of", "fuse"}  # of a row's predictions, in place of a training with a start
+SOURCES = {"baseline", "model_of", "fuse"}  # where the predictions of a row come from that has no `start`
 
 
 def read_description(path: str | Path) -> dict[str, Any]:
