@@ -26,6 +26,7 @@ from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, pred
 from cebs.runs import Run
 from cebs.trie import TokenTrie, build_trie
 
+CPU_ROWS = 32  # records decoded side by side on a CPU
 
 @dataclass(kw_only=True)
 class DecodingArguments(ModelArguments):
@@ -35,7 +36,8 @@ class DecodingArguments(ModelArguments):
         max_new_tokens (`int`): most tokens of an answer.
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         batch_size (`int`): records between two saves.
-        rows (`int`): records decoded side by side; memory grows with it.
+        rows (`int`, *optional*): records decoded side by side; memory grows with it. Left out, 32 on a CPU, whose
+            matrix units that keeps busy, and the whole batch on a GPU.
         shard (`str`, *optional*): `i/n` decodes the i-th of n parts, counted from 1, into `shard_i_of_n` below the
             output folder. When all are done, the same command without it puts them together, and decodes nothing.
     """
@@ -45,7 +47,12 @@ class DecodingArguments(ModelArguments):
         metadata={"help": "Most tokens of prompt and answer; a longer prompt loses its oldest titles."}
     )
     batch_size: int = field(metadata={"help": "Records between two saves."})
-    rows: int = field(metadata={"help": "Records decoded side by side; memory grows with it."})
+    rows: int | None = field(
+        metadata={
+            "help": "Records decoded side by side; memory grows with it. Left out, 32 on a CPU and the whole batch on a "
+            "GPU."
+        }
+    )
     shard: str = field(
         default="",
         metadata={
@@ -385,12 +392,14 @@ def load_decoder(model_dir: Path, args: DecodingArguments, run: Run) -> Decoder:
 
     The model is left out of a run that puts shards together: it decodes nothing, and may do so where there is no GPU.
     """
+    model = None if run.shards else load_for_inference(model_dir, args)
+    on_gpu = model is not None and model.device.type != "cpu"
     return Decoder(
-        None if run.shards else load_for_inference(model_dir, args),
+        model,
         load_tokenizer(model_dir),
         max_length=token_limit(model_dir, args.max_length),
         max_new_tokens=args.max_new_tokens,
-        rows=args.rows,
+        rows=args.rows or (args.batch_size if on_gpu else CPU_ROWS),
         model_dir=model_dir,
         adapter=args.adapter,
     )

@@ -86,6 +86,7 @@ class HardwareDefaults:
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = has_fast_bf16() and not self.fp16
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()  # else bf16 is refused on a CPU
         self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
         super().__post_init__()
 
