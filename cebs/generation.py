@@ -28,6 +28,7 @@ from cebs.trie import TokenTrie, build_trie
 
 CPU_ROWS = 32  # records decoded side by side on a CPU
 
+
 @dataclass(kw_only=True)
 class DecodingArguments(ModelArguments):
     """Which model a script decodes with, and how; beside those of `ModelArguments`:
@@ -49,8 +50,7 @@ class DecodingArguments(ModelArguments):
     batch_size: int = field(metadata={"help": "Records between two saves."})
     rows: int | None = field(
         metadata={
-            "help": "Records decoded side by side; memory grows with it. Left out, 32 on a CPU and the whole batch on a "
-            "GPU."
+            "help": "Records decoded side by side; memory grows with it. Left out, 32 on a CPU, the batch on a GPU."
         }
     )
     shard: str = field(

@@ -48,7 +48,9 @@ def wait_for_everyone() -> None:
     from accelerate import PartialState
 
     if PartialState().num_processes != processes:
-        raise InputError(f"{processes} processes do not find each other; without GPUs training needs --use_cpu true")
+        raise InputError(
+            f"WORLD_SIZE is {processes}, but the processes do not find each other; start them with accelerate launch"
+        )
     try:
         PartialState().wait_for_everyone()
     except RuntimeError as error:

@@ -4,13 +4,14 @@ import json
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cebs.generation import CandidateArguments, Decoder, Journal, run_in_batches
+from cebs.generation import CandidateArguments, Decoder, Journal, load_decoder, run_in_batches
 from cebs.models import load_model
 from cebs.prompts import build_prompt, encode_completion, predicted_title, quote
 from cebs.runs import Run
@@ -201,3 +202,13 @@ def test_sampling_goes_on_until_a_round_is_accepted(decoder):
 def test_bad_candidate_arguments(changed, message):
     with pytest.raises(ValueError, match=message):
         candidate_arguments(**changed)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "rows"), [(None, "cpu", 32), (None, "cuda", 64), (8, "cpu", 8), (8, "cuda", 8)]
+)
+def test_a_gpu_decodes_a_whole_batch_side_by_side(tiny_model, monkeypatch, given, device, rows):
+    model = SimpleNamespace(device=torch.device(device))
+    monkeypatch.setattr("cebs.generation.load_for_inference", lambda model_dir, args: model)
+    args = SimpleNamespace(rows=given, batch_size=64, max_length=64, max_new_tokens=8, adapter="")
+    assert load_decoder(tiny_model, args, Run(Path())).rows == rows

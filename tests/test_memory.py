@@ -141,7 +141,7 @@ def test_batch_sizes_halve_and_leave_the_records_of_a_step_as_they_were(train, e
 
 # --- the scripts ---
 
-TRAINING = ("--learning_rate", "0.01", "--num_train_epochs", "2", "--lora_dropout", "0.0")
+TRAINING = ("--learning_rate", "0.01", "--num_train_epochs", "2", "--lora_dropout", "0.0", "--bf16", "false")
 BATCHES = ("--per_device_train_batch_size", 4, "--per_device_eval_batch_size", 4, "--gradient_accumulation_steps", 1)
 
 

@@ -101,6 +101,7 @@ def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, *
             logging_steps=1,
             warmup_steps=0,
             activation_checkpointing=False,
+            bf16=False,
             **arguments,
         ),
         train_dataset=dataset,
@@ -207,21 +208,29 @@ def adapter(folder):
     return load_file(folder / "final_model" / "adapter_model.safetensors")
 
 
+def test_bfloat16_needs_no_gpu(tiny_model, data_dir, tmp_path):
+    """It is what a processor with bfloat16 gets without asking; transformers refuses it unless told to use the CPU."""
+    arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--num_train_epochs", "1")
+    run_main("sft_smol", *arguments, "--bf16", "true", "--output_dir", tmp_path)
+    run = read_json(tmp_path / "run.json")
+    assert run["state"] == "done" and run["arguments"]["bf16"] is True
+
+
 def test_two_processes_equal_one(tiny_model, data_dir, tmp_path):
     arguments = (
         *("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--history_loss_weight", "0.3"),
         *("--optim", "sgd", "--lr_scheduler_type", "constant", "--learning_rate", "0.5", "--warmup_steps", "0"),
         *("--lora_dropout", "0", "--max_train_samples", "8", "--num_train_epochs", "1"),
-        *("--gradient_accumulation_steps", "2"),
+        *("--gradient_accumulation_steps", "2", "--bf16", "false"),
     )
     one = (*arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
     run_main("sft_smol", *one)
     two = (*arguments, "--output_dir", tmp_path / "two", "--per_device_train_batch_size", "1")
-    # without MPI, accelerate starts several processes only as for GPUs; the script's own flags keep them on the CPU
+    # without MPI, accelerate starts several processes only as for GPUs; where there are none, the script uses the CPU
     launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     result = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *launch, "--dynamo_backend", "no"]
-        + [str(PROJECT / "sft_smol.py"), *map(str, two), "--use_cpu", "true", "--ddp_backend", "gloo"],
+        + [str(PROJECT / "sft_smol.py"), *map(str, two)],
         capture_output=True,
         text=True,
     )

@@ -12,7 +12,9 @@ from conftest import listing, run_main, start_script
 from processes import finish, start_processes
 from safetensors.torch import load_file
 
+from cebs.errors import InputError
 from cebs.files import PROJECT
+from cebs.processes import wait_for_everyone
 from utils import read_json, write_json
 
 TITLES = ["Emma (1815)", "Dracula (1897)", "O", "Persuasion (1817)", "Carmilla (1872)", "The Time Machine (1895)"]
@@ -76,7 +78,7 @@ def test_alignment_by_two_processes_equals_one(arguments, tmp_path):
     data = ("--train_data", tmp_path / "lists.json", "--valid_data", tmp_path / "lists.json")
     arguments = (*arguments, *data, "--learning_rate", "0.5", "--sft_weight", "0.5")
     run_main("DPO_from_dpoData", *arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "2")
-    more = ("--output_dir", "two", "--per_device_train_batch_size", "1", "--use_cpu", "true", "--ddp_backend", "gloo")
+    more = ("--output_dir", "two", "--per_device_train_batch_size", "1")
     codes, told = finish(start_processes(2, "DPO_from_dpoData.py", *arguments, *more, cwd=tmp_path))
     assert codes == [0, 0], told
     assert read_json(tmp_path / "two" / "run.json")["state"] == "done"
@@ -88,9 +90,9 @@ def sft(tiny_model, data_dir, tmp_path):
     """SFT by one process, and its arguments for two."""
     arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--lora_dropout", "0", "--optim", "sgd")
     arguments += ("--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--warmup_steps", "0")
-    arguments += ("--history_loss_weight", "0.5")
+    arguments += ("--history_loss_weight", "0.5", "--bf16", "false")
     run_main("sft_smol", *arguments, "--output_dir", tmp_path / "one", "--per_device_train_batch_size", "4")
-    return (*arguments, "--per_device_train_batch_size", "2", "--use_cpu", "true", "--ddp_backend", "gloo")
+    return (*arguments, "--per_device_train_batch_size", "2")
 
 
 def test_fine_tuning_by_two_processes_equals_one(sft, tmp_path):
@@ -113,12 +115,15 @@ def test_fine_tuning_with_split_weights_equals_one_process(sft, tmp_path):
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
 
 
-def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path):
-    words = [word for word in sft if word not in ("--use_cpu", "--ddp_backend", "gloo")]
-    words.remove("true")
-    codes, told = finish(start_processes(2, "sft_smol.py", *words, "--output_dir", "two", cwd=tmp_path))
-    assert codes == [2, 2] and "2 processes do not find each other; without GPUs" in told[0][1], told
+def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path, monkeypatch):
+    """A variable left over from elsewhere would make one run, in one folder, out of two."""
+    process = start_script("sft_smol.py", *sft, "--output_dir", "two", cwd=tmp_path, WORLD_SIZE="2")
+    _, complaint = process.communicate(timeout=60)
+    assert process.returncode == 2 and "MASTER_ADDR" in complaint and complaint.count("\n") == 1, complaint
     assert not (tmp_path / "two").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="^WORLD_SIZE is 2, but the processes do not find each other"):
+        wait_for_everyone()
 
 
 # --- the launchers ---
@@ -144,7 +149,7 @@ def test_two_processes_stop_together(arguments, tmp_path):
     result = launch_two(
         ["accelerate.commands.launch", "--config_file", config],
         "DPO_from_dpoData.py",
-        *(*arguments, *data, *more, "--output_dir", tmp_path / "out", "--use_cpu", "true", "--ddp_backend", "gloo"),
+        *(*arguments, *data, *more, "--output_dir", tmp_path / "out"),
     )
     assert result.returncode != 0
     # one line from each process, if the launcher leaves the slower one the time to write it
