@@ -19,7 +19,16 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cebs.branches import NotFiniteError, beam_search, branch_log_probs, greedy, sample_until, shared_rows
+from cebs.branches import (
+    NotFiniteError,
+    Place,
+    beam_search,
+    branch_attention,
+    branch_log_probs,
+    greedy,
+    sample_until,
+    shared_rows,
+)
 from cebs.trie import build_trie, title_paths
 
 VOCABULARY = 97
@@ -211,6 +220,23 @@ def test_attention_that_is_not_plain_is_refused():
     model = Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, attn_logit_softcapping=50.0))
     with pytest.raises(ValueError, match="score capping"):
         greedy(model, [[5, 6]], max_new_tokens=2, stop_token_ids=STOP)
+
+
+def test_attention_in_bfloat16_is_that_in_float32_rounded():
+    """On a CPU the one is written out and the other SDPA's. Two rows of four heads over two key heads, one slot empty."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(1, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    row, slot = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
+    sees = torch.rand(2, 2, 5) < 0.7
+    mask = torch.zeros(2, 2, 5).masked_fill(~sees.index_fill(2, torch.tensor([0]), True), float("-inf"))
+    outputs = []
+    for dtype in (torch.float32, torch.bfloat16):
+        place = Place(row, torch.zeros(3, dtype=torch.long), slice(0, 2), row, slot, mask.to(dtype))
+        tensors = (tensor.to(dtype) for tensor in (query, key, value))
+        output, _ = branch_attention(None, *tensors, None, scaling=0.35, place=place)
+        assert output.dtype == dtype and output.shape == (1, 3, 4, 8)
+        outputs.append(output.float())
+    torch.testing.assert_close(*outputs, atol=0.03, rtol=0.03)
 
 
 def test_what_all_prompts_begin_with_is_computed_once(monkeypatch):
