@@ -23,6 +23,8 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of huggingface_hub
 os.environ["OMP_NUM_THREADS"] = "1"  # before any import of torch: workers share the cores, and sums keep their order
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # likewise: what is compared to the last digits is computed on the CPU
 
 from fork_server import ForkedScript  # noqa: E402
 

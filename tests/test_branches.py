@@ -223,7 +223,7 @@ def test_attention_that_is_not_plain_is_refused():
 
 
 def test_attention_in_bfloat16_is_that_in_float32_rounded():
-    """On a CPU the one is written out and the other SDPA's. Two rows of four heads over two key heads, one slot empty."""
+    """On a CPU the one is written out, the other SDPA's. Two rows, four heads over two key heads, one slot empty."""
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
     row, slot = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 0])
