@@ -31,7 +31,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -54,11 +55,9 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # -- The runs -----------------------------------------------------------------------------------------------------
-    missing: dict[str, str] = {}
     with the_only_one(output):
+        missing = run_stages({plan.settings.output: list(plan.stages.values()) for plan in plans}, args.jobs)
         for plan in plans:
-            lost = run_stages(list(plan.stages.values()), plan.settings.output, args.jobs)
-            missing |= {f"{plan.settings.output}: {name}": reason for name, reason in lost.items()}
             order_rows(plan.settings.results_csv, rows)
         write_text(output / "commands.sh", "\n".join(map(command_line, stages)) + "\n")
 
@@ -149,71 +148,108 @@ def chosen_rows(only: list[str] | None, table: list[str], description: dict[str,
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_stages(stages: list[Stage], output: Path, jobs: int) -> dict[str, str]:
-    """Runs the stages that are not done, each when what it reads is there.
+@dataclass
+class Work:
+    """A command line to be run, for one seed or, where it does not depend on the seed, for several."""
+
+    name: str
+    stage: Stage
+    after: set[str] = field(default_factory=set)  # command lines
+    notes: list[Path] = field(default_factory=list)
+
+
+def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
+    """Runs the stages that are not done, each when what it reads is there; those of several seeds side by side.
 
     A finished stage leaves a note with its command line under `<output>/.stages`. It is done when the note tells the
     same command, its result is there, and nothing that it reads has been run since.
 
     Args:
-        stages (`list[Stage]`): in an order in which they can be run.
-        output (`Path`): for the notes and, where several stages run at once, their logs.
+        plans (`Mapping[Path, list[Stage]]`): by folder, which gets notes and logs, stages in an order in which they can
+            be run. A command line that several folders have is run once.
         jobs (`int`): stages run at once; each gets its share of the processor's cores.
 
     Returns:
         `dict[str, str]`: the stages that failed or could not be run, and why.
     """
-    notes, logs = output / ".stages", output / "logs"
-    notes.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     if jobs > 1:
-        logs.mkdir(exist_ok=True)
         environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // jobs))
-    waiting, running = list(stages), {}
+    works = gather_work(plans)
+    waiting, running = list(works), {}
     done, ran, missing = set(), set(), {}
     try:
         while waiting or running:
-            for stage in list(waiting):
-                note = notes / f"{file_stem(stage)}.txt"
-                lost = [name for name in stage.after if name in missing]
+            for line in list(waiting):
+                work = works[line]
+                lost = [works[other].name for other in work.after if other in missing]
                 if lost:
-                    missing[stage.name] = f"not run, for want of {lost[0]}"
-                elif not done.issuperset(stage.after) or len(running) == jobs:
+                    missing[line] = f"not run, for want of {lost[0]}"
+                elif not done.issuperset(work.after) or len(running) == jobs:
                     continue
-                elif ran.isdisjoint(stage.after) and is_done(stage, note):
-                    print(f"== {stage.name}: done, skipped")
-                    done.add(stage.name)
+                elif ran.isdisjoint(work.after) and any(is_done(work.stage, note) for note in work.notes):
+                    print(f"== {work.name}: done, skipped")
+                    finish(work, line)
+                    done.add(line)
                 else:
-                    print(
-                        f"== {stage.name} ({stages.index(stage) + 1} of {len(stages)})\n+ {command_line(stage)}",
-                        flush=True,
-                    )
-                    note.unlink(missing_ok=True)  # an earlier result is not this one's
-                    log = (logs / f"{note.stem}.log").open("w") if jobs > 1 else None
+                    print(f"== {work.name} ({list(works).index(line) + 1} of {len(works)})\n+ {line}", flush=True)
+                    for note in work.notes:
+                        note.unlink(missing_ok=True)  # an earlier result is not this one's
+                    log = log_file(work).open("w") if jobs > 1 else None
                     process = subprocess.Popen(
-                        [sys.executable, *stage.command], env=environment, stdout=log, stderr=log and subprocess.STDOUT
+                        [sys.executable, *work.stage.command],
+                        env=environment,
+                        stdout=log,
+                        stderr=log and subprocess.STDOUT,
                     )
-                    running[stage.name] = (stage, note, process)
-                waiting.remove(stage)
-            for name, (stage, note, process) in list(running.items()):
+                    running[line] = process
+                waiting.remove(line)
+            for line, process in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[name]
+                del running[line]
                 if process.returncode == 0:
-                    write_text(note, command_line(stage))
-                    done.add(name)
-                    ran.add(name)
+                    finish(works[line], line)
+                    done.add(line)
+                    ran.add(line)
                 else:
-                    where = f", see {logs / f'{note.stem}.log'}" if jobs > 1 else ""
-                    missing[name] = f"exit code {process.returncode}{where}"
-                    print(f"== {name}: failed ({missing[name]})", file=sys.stderr, flush=True)
+                    where = f", see {log_file(works[line])}" if jobs > 1 else ""
+                    missing[line] = f"exit code {process.returncode}{where}"
+                    print(f"== {works[line].name}: failed ({missing[line]})", file=sys.stderr, flush=True)
             time.sleep(0.1 if running else 0)
     finally:  # interrupted: the scripts save what they have
-        for _, _, process in running.values():
+        for process in running.values():
             process.terminate()
-        for _, _, process in running.values():
+        for process in running.values():
             process.wait()
-    return missing
+    return {works[line].name: reason for line, reason in missing.items()}
+
+
+def gather_work(plans: Mapping[Path, list[Stage]]) -> dict[str, Work]:
+    """Returns what is to be run by command line; the names of several seeds' stages begin with their folder."""
+    works: dict[str, Work] = {}
+    for output, stages in plans.items():
+        (output / ".stages").mkdir(parents=True, exist_ok=True)
+        lines = {stage.name: command_line(stage) for stage in stages}
+        for stage in stages:
+            name = stage.name if len(plans) == 1 else f"{output}: {stage.name}"
+            work = works.setdefault(lines[stage.name], Work(name, stage))
+            work.after.update(lines[name] for name in stage.after)
+            work.notes.append(output / ".stages" / f"{file_stem(stage)}.txt")
+    return works
+
+
+def finish(work: Work, line: str) -> None:
+    """Leaves the notes that a stage is done."""
+    for note in work.notes:
+        write_text(note, line)
+
+
+def log_file(work: Work) -> Path:
+    """Returns where a stage's output goes while others run beside it."""
+    path = work.notes[0].parents[1] / "logs" / f"{work.notes[0].stem}.log"
+    path.parent.mkdir(exist_ok=True)
+    return path
 
 
 def is_done(stage: Stage, note: Path) -> bool:

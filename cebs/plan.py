@@ -60,6 +60,15 @@ def read_description(path: str | Path) -> dict[str, Any]:
         _check_flags(f"{path}: candidates {source!r}", flags)
     for script, flags in description["flags"].items():
         _check_flags(f"{path}: flags of {script}", flags)
+    for row, spec in description["rows"].items():
+        for part in spec.get("fuse", ()):
+            source = description["rows"][part]
+            flags = source.get("predict", description["flags"].get("generate_predict_batch.py", ""))
+            if "baseline" not in source and "constrained_beam" not in flags:
+                raise InputError(
+                    f"{path}: row {row!r}: fuse names {part!r}, which predicts one title; give it a ranking by predict: "
+                    "--decoding constrained_beam"
+                )
     for size in ("quick", "full", *description["sizes"]):
         numbers = description["sizes"].get(size)
         if not isinstance(numbers, dict) or set(numbers) != set(SIZE_NAMES):
@@ -92,7 +101,7 @@ def _check_row(place: str, spec: Any, candidates: dict[str, Any]) -> None:
                 except InputError as error:
                     raise InputError(f"{place}: {error}") from error
     if not SOURCES & spec.keys() and spec.get("start") not in ("origin", "sft"):
-        raise InputError(f"{place}: start must be origin or sft, or baseline the name of one")
+        raise InputError(f"{place}: start must be origin or sft; without it: baseline, fuse or model_of")
     _check_flags(f"{place}: predict", spec.get("predict", ""))
     if (source := spec.get("candidates", "sampled")) not in candidates:
         raise InputError(f"{place}: no candidates {source!r} are described")

@@ -242,7 +242,7 @@ def fetch_downloads(plans: list[Plan], output: Path) -> None:
     stage = plans[0].stages[DOWNLOADS]
     note = output / ".stages" / f"{file_stem(stage)}.txt"
     note.unlink(missing_ok=True)  # what was there once may have been cleaned away
-    if missing := run_stages([stage], output, jobs=1):
+    if missing := run_stages({output: [stage]}, jobs=1):
         raise InputError(f"{command_line(stage)}: {missing[DOWNLOADS]}; no job was submitted")
 
 

@@ -166,6 +166,7 @@ def test_row_names_have_folders_of_their_own(description):
         (lambda d: d["rows"].update(New={"start": "sft", "candidates": "mcts"}), "no candidates 'mcts'"),
         (lambda d: d["rows"].update(New={"fuse": ["SFT", "Nobody"]}), "row 'New': fuse names 'Nobody'"),
         (lambda d: d["rows"].update(New={"fuse": ["New"]}), "row 'New': fuse names 'New', which is no row with"),
+        (lambda d: d["rows"].update(New={"fuse": ["ItemKNN", "SFT"]}), "fuse names 'SFT', which predicts one title"),
         (lambda d: d["rows"].update(New={"model_of": "Nobody"}), "row 'New': model_of names 'Nobody', which is no row"),
         (
             lambda d: d["rows"].update(New={"model_of": "ItemKNN"}),
@@ -198,17 +199,17 @@ def writes(name: str, folder: Path, after: tuple[str, ...] = (), code: str = "")
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_what_is_done_is_skipped_and_what_follows_a_new_result_is_not(tmp_path, jobs):
     stages = [writes("a", tmp_path), writes("b", tmp_path, ("a",)), writes("c", tmp_path)]
-    assert run_stages(stages, tmp_path, jobs) == {}
-    assert run_stages(stages, tmp_path, jobs) == {}
+    assert run_stages({tmp_path: stages}, jobs) == {}
+    assert run_stages({tmp_path: stages}, jobs) == {}
     assert [stage.result.read_text() for stage in stages] == ["x", "x", "x"]
     stages[0].result.unlink()
-    assert run_stages(stages, tmp_path, jobs) == {}
+    assert run_stages({tmp_path: stages}, jobs) == {}
     assert [stage.result.read_text() for stage in stages] == ["x", "xx", "x"]
 
 
 def test_another_command_line_is_another_stage(tmp_path):
-    run_stages([writes("a", tmp_path)], tmp_path, 1)
-    run_stages([writes("a", tmp_path, code="# changed")], tmp_path, 1)
+    run_stages({tmp_path: [writes("a", tmp_path)]}, 1)
+    run_stages({tmp_path: [writes("a", tmp_path, code="# changed")]}, 1)
     assert (tmp_path / "a.txt").read_text() == "xx"
 
 
@@ -221,23 +222,42 @@ def test_a_failure_takes_along_what_needs_it_and_nothing_else(tmp_path, capfd, j
         writes("needs_that", tmp_path, ("needs",)),
         writes("c", tmp_path),
     ]
-    missing = run_stages(stages, tmp_path, jobs)
+    missing = run_stages({tmp_path: stages}, jobs)
     assert missing["bad"].startswith("exit code 2")
     assert missing["needs"] == "not run, for want of bad"
     assert missing["needs_that"] == "not run, for want of needs"
     assert (tmp_path / "c.txt").exists()
     mended = [writes("bad", tmp_path), *stages[1:]]
-    assert run_stages(mended, tmp_path, jobs) == {}
+    assert run_stages({tmp_path: mended}, jobs) == {}
     assert (tmp_path / "c.txt").read_text() == "x"
+
+
+def test_seeds_run_side_by_side_and_what_they_share_runs_once(tmp_path):
+    """Each second stage waits for the other seed's: one after the other, they would wait for ever."""
+    one, two = tmp_path / "seed_1", tmp_path / "seed_2"
+    meet = (
+        "import time; from pathlib import Path; Path({0!r}).touch()\nwhile not Path({1!r}).exists(): time.sleep(0.01)"
+    )
+    plans = {}
+    for here, there in ((one, two), (two, one)):
+        code = meet.format(str(here / "here"), str(there / "here"))
+        plans[here] = [writes("downloads", tmp_path), writes("sft", here, ("downloads",), code)]
+    assert run_stages(plans, 2) == {}
+    assert [(folder / "sft.txt").read_text() for folder in plans] == ["x", "x"]
+    assert run_stages({two: plans[two]}, 1) == {}
+    plans[tmp_path / "seed_3"] = [writes("downloads", tmp_path), writes("bad", tmp_path, ("downloads",), "exit(3)")]
+    missing = run_stages(plans, 2)
+    assert list(missing) == [f"{tmp_path / 'seed_3'}: bad"]
+    assert (tmp_path / "downloads.txt").read_text() == (one / "sft.txt").read_text() == "x"
 
 
 def test_a_stage_that_was_killed_is_run_again(tmp_path):
     kill = "import os, signal, pathlib; p = pathlib.Path('{0}'); first = not p.exists(); p.touch()\n"
     kill += "if first: os.kill(os.getpid(), signal.SIGKILL)"
     stage = writes("a", tmp_path, code=kill.format(tmp_path / "was_here"))
-    assert run_stages([stage], tmp_path, 1) == {"a": "exit code -9"}
+    assert run_stages({tmp_path: [stage]}, 1) == {"a": "exit code -9"}
     assert not is_done(stage, tmp_path / ".stages/a.txt")
-    assert run_stages([stage], tmp_path, 1) == {}
+    assert run_stages({tmp_path: [stage]}, 1) == {}
 
 
 def test_rows_are_put_in_the_order_of_the_description(tmp_path):

@@ -170,7 +170,7 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", f"{shell.bin}:{os.environ['PATH']}")
     monkeypatch.delenv("CEBS_SBATCH_GPU", raising=False)
     monkeypatch.delenv("CEBS_SBATCH_CPU", raising=False)
-    monkeypatch.setattr(slurm, "run_stages", lambda stages, output, jobs: {})
+    monkeypatch.setattr(slurm, "run_stages", lambda plans, jobs: {})
     return tmp_path
 
 
