@@ -66,8 +66,8 @@ def read_description(path: str | Path) -> dict[str, Any]:
             flags = source.get("predict", description["flags"].get("generate_predict_batch.py", ""))
             if "baseline" not in source and "constrained_beam" not in flags:
                 raise InputError(
-                    f"{path}: row {row!r}: fuse names {part!r}, which predicts one title; give it a ranking by predict: "
-                    "--decoding constrained_beam"
+                    f"{path}: row {row!r}: fuse names {part!r}, which predicts one title and no ranking; its predict "
+                    "needs --decoding constrained_beam"
                 )
     for size in ("quick", "full", *description["sizes"]):
         numbers = description["sizes"].get(size)
