@@ -251,7 +251,7 @@ def branch_attention(
     arranged[place.query_row, place.slot] = query[0].transpose(0, 1).unflatten(1, (key_heads, group))
     arranged = arranged.permute(0, 2, 3, 1, 4).reshape(rows, key_heads, group * slots, size)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:  # there the plain way takes half of SDPA's time
-        scores = (arranged * scaling) @ key.transpose(2, 3)  # [R, key heads, group * W, C]
+        scores = (arranged * (scaling or size**-0.5)) @ key.transpose(2, 3)  # [R, key heads, group * W, C]
         scores.unflatten(2, (group, slots)).add_(place.mask[:, None, None])
         out = scores.softmax(-1) @ value
     else:

@@ -6,9 +6,10 @@ The comparison of methods: runs what is missing of the rows asked for, and print
 ./run_comparison.sh --quick
 ```
 
-# The table of a paper: mean and spread over three seeds
+# The table of a paper: mean and spread over three seeds; a stage of a small model leaves a GPU idle, a dozen fill it
 ```bash
 ./run_comparison.sh --full --seeds 0 1 2
+./run_comparison.sh --full --seeds 0 1 2 --jobs 12
 ```
 
 # Some rows and what they need; another data set; the commands alone
