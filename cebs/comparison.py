@@ -156,7 +156,7 @@ class Work:
     name: str
     stage: Stage
     after: set[str] = field(default_factory=set)  # command lines
-    notes: list[Path] = field(default_factory=list)
+    notes: list[Path] = field(default_factory=list)  # one in each seed's folder
 
 
 def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
@@ -190,7 +190,7 @@ def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
                     continue
                 elif ran.isdisjoint(work.after) and any(is_done(work.stage, note) for note in work.notes):
                     print(f"== {work.name}: done, skipped")
-                    finish(work, line)
+                    leave_notes(work)
                     done.add(line)
                 else:
                     print(f"== {work.name} ({list(works).index(line) + 1} of {len(works)})\n+ {line}", flush=True)
@@ -210,7 +210,7 @@ def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
                     continue
                 del running[line]
                 if process.returncode == 0:
-                    finish(works[line], line)
+                    leave_notes(works[line])
                     done.add(line)
                     ran.add(line)
                 else:
@@ -240,10 +240,10 @@ def gather_work(plans: Mapping[Path, list[Stage]]) -> dict[str, Work]:
     return works
 
 
-def finish(work: Work, line: str) -> None:
-    """Leaves the notes that a stage is done."""
+def leave_notes(work: Work) -> None:
+    """Notes in each folder that a stage is done."""
     for note in work.notes:
-        write_text(note, line)
+        write_text(note, command_line(work.stage))
 
 
 def log_file(work: Work) -> Path:

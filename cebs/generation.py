@@ -26,7 +26,7 @@ from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, pred
 from cebs.runs import Run
 from cebs.trie import TokenTrie, build_trie
 
-CPU_ROWS = 32  # records decoded side by side on a CPU
+CPU_ROWS = 32  # decoded side by side: more bring little on two cores, and take memory
 
 
 @dataclass(kw_only=True)
@@ -37,8 +37,8 @@ class DecodingArguments(ModelArguments):
         max_new_tokens (`int`): most tokens of an answer.
         max_length (`int`): most tokens of prompt and answer; a longer prompt loses its oldest titles.
         batch_size (`int`): records between two saves.
-        rows (`int`, *optional*): records decoded side by side; memory grows with it. Left out, 32 on a CPU, whose
-            matrix units that keeps busy, and the whole batch on a GPU.
+        rows (`int`, *optional*): records decoded side by side; memory grows with it. Left out, 32 on a CPU and the
+            whole batch on a GPU, which more of them keep busier.
         shard (`str`, *optional*): `i/n` decodes the i-th of n parts, counted from 1, into `shard_i_of_n` below the
             output folder. When all are done, the same command without it puts them together, and decodes nothing.
     """
