@@ -30,6 +30,7 @@ from benchmarks.common import (
 )
 from cebs.branches import greedy, sample_until
 from cebs.catalogue import interest_cluster, load_catalogue
+from cebs.generation import CPU_ROWS
 from cebs.prompts import line_end_tokens, predicted_title
 from utils import run_script
 
@@ -40,7 +41,7 @@ NUM_BRANCHES, MAX_BRANCHES = 10, 40
 @dataclass
 class Arguments(BenchmarkArguments):
     max_new_tokens: int = field(default=100, metadata={"help": "Longest branch."})
-    rows: int = field(default=16, metadata={"help": "Prompts that the engine decodes side by side."})
+    rows: int = field(default=CPU_ROWS, metadata={"help": "Prompts that the engine decodes side by side."})
     baseline_batch_size: int = field(default=8, metadata={"help": "Prompts in one call of generate."})
     scaling: bool = field(default=False, metadata={"help": "Also how cost grows with branches and prompt length."})
 
