@@ -43,6 +43,9 @@ class Arguments(BenchmarkArguments):
     max_new_tokens: int = field(default=100, metadata={"help": "Longest branch."})
     rows: int = field(default=CPU_ROWS, metadata={"help": "Prompts that the engine decodes side by side."})
     baseline_batch_size: int = field(default=8, metadata={"help": "Prompts in one call of generate."})
+    baseline: bool = field(
+        default=True, metadata={"help": "Also the baseline; false is the engine and its limit only."}
+    )
     scaling: bool = field(default=False, metadata={"help": "Also how cost grows with branches and prompt length."})
 
 
@@ -114,11 +117,12 @@ def main(args: Arguments) -> None:
         return limit_seconds(model, flops, sum(map(len, prompts)) + fed, len(prompts) + fed)
 
     last: dict[str, list] = {}
+
+    def baseline() -> None:
+        last.update(baseline=resample_whole_batches(model, prompts, in_cluster, stop, args))
+
     baseline_s, ours_s = interleaved(
-        [
-            lambda: last.update(baseline=resample_whole_batches(model, prompts, in_cluster, stop, args)),
-            lambda: last.update(ours=engine()),
-        ],
+        [baseline if args.baseline else None, lambda: last.update(ours=engine())],
         args.repetitions,
         model.device,
     )
@@ -127,9 +131,12 @@ def main(args: Arguments) -> None:
         print(f"{side}: {len(lengths)} candidates, {sum(lengths) / len(lengths):.1f} tokens each (the last call)")
     rows = [time_row(f"candidates for {len(prompts)} records", baseline_s, ours_s, limit(prompts, last["ours"]))]
 
+    def greedy_baseline() -> None:
+        greedy_in_batches(model, prompts, stop, args)
+
     baseline_s, ours_s = interleaved(
         [
-            lambda: greedy_in_batches(model, prompts, stop, args),
+            greedy_baseline if args.baseline else None,
             lambda: last.update(
                 greedy=greedy(model, prompts, max_new_tokens=args.max_new_tokens, stop_token_ids=stop, rows=args.rows)
             ),
@@ -144,10 +151,11 @@ def main(args: Arguments) -> None:
     def once(index: int, branches: list[list[int]]) -> bool:
         return True
 
-    batch = prompts[: args.baseline_batch_size]
-    baseline_mb = peak_mb(lambda: resample_whole_batches(model, batch, once, stop, args), model.device)
-    ours_mb = peak_mb(lambda: engine(once), model.device)
-    rows.append(memory_row("peak on top of the weights, 10 candidates per record", baseline_mb, ours_mb))
+    if args.baseline:
+        batch = prompts[: args.baseline_batch_size]
+        baseline_mb = peak_mb(lambda: resample_whole_batches(model, batch, once, stop, args), model.device)
+        ours_mb = peak_mb(lambda: engine(once), model.device)
+        rows.append(memory_row("peak on top of the weights, 10 candidates per record", baseline_mb, ours_mb))
 
     if args.scaling:
         for num_branches in (1, 2, 5, 10, 20, 40):

@@ -47,10 +47,10 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(sides: list[Callable[[], object]], repetitions: int, device: torch.device) -> list[float]:
-    """The median seconds of each side over `repetitions` rounds in which the sides take turns."""
-    rounds = [[seconds(side, device) for side in sides] for _ in range(repetitions)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+def interleaved(sides: list[Callable[[], object] | None], repetitions: int, device: torch.device) -> list[float | None]:
+    """The median seconds of each side over `repetitions` rounds in which the sides take turns; none for no side."""
+    rounds = [[side and seconds(side, device) for side in sides] for _ in range(repetitions)]
+    return [side and statistics.median(times) for side, times in zip(sides, zip(*rounds, strict=True), strict=True)]
 
 
 def peak_mb(work: Callable[[], object], device: torch.device) -> float:
