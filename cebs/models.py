@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cebs.errors import InputError, first_line
 from cebs.files import read_json, sync, write_json
-from cebs.processes import connect_processes, has_fast_bf16, keep_freed_memory
+from cebs.processes import connect_processes, has_fast_bf16
 from cebs.runs import ADAPTER_WEIGHTS, require_done
 
 if TYPE_CHECKING:
@@ -94,7 +94,6 @@ def load_model(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    keep_freed_memory()
     if adapter:
         check_adapter(adapter, model_dir)
     try:

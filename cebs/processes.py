@@ -1,6 +1,5 @@
 """This process among others: ranks, seeds of records, and what the hardware can do."""
 
-import ctypes
 import os
 import platform
 from datetime import timedelta
@@ -81,17 +80,3 @@ def has_fast_bf16() -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
-
-
-def keep_freed_memory() -> None:
-    """Has this process keep memory that tensors on the CPU leave, for the next ones, instead of giving it back.
-
-    glibc maps a large tensor anew each time, and the kernel fills it with zeros page by page: a quarter of the time of
-    training on a CPU. Where there is no glibc nothing happens.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    libc = ctypes.CDLL(None)
-    m_trim_threshold, m_mmap_max = -1, -4  # as malloc.h has them
-    libc.mallopt(m_mmap_max, 0)  # large tensors come from the heap,
-    libc.mallopt(m_trim_threshold, -1)  # whose free end is kept

@@ -1,10 +1,5 @@
 """Memory that runs out: the work is done again with half as much side by side, and comes to the same."""
 
-import platform
-import resource
-import subprocess
-import sys
-import textwrap
 import weakref
 
 import pytest
@@ -16,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from cebs.branches import beam_search, greedy, sample_until
-from cebs.files import PROJECT
 from cebs.memory import batch_sizes, decode_within_memory, within_memory
 from cebs.models import load_model
 from cebs.runs import ADAPTER_WEIGHTS
@@ -253,27 +247,3 @@ def test_the_script_that_proposes(tiny_model, data_dir, tmp_path, monkeypatch, s
     plenty = propose("plenty")
     refused = run_out_of_memory(monkeypatch, most_tokens=300)
     assert propose("scarce") == plenty and refused
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_of_large_tensors_is_used_again():
-    def page_faults(before: str) -> int:
-        """Those of ten tensors of 64 MB, one after the other, when there were as many before them."""
-        code = f"""
-            import resource
-            import torch
-            from cebs.processes import keep_freed_memory
-            {before}
-            for _ in range(10):
-                torch.ones(2**24)
-            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(10):
-                torch.ones(2**24)
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
-        """
-        command = [sys.executable, "-c", textwrap.dedent(code)]
-        return int(subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=True).stdout)
-
-    pages_of_a_tensor = 2**26 // resource.getpagesize()
-    assert page_faults("pass") > 5 * pages_of_a_tensor
-    assert page_faults("keep_freed_memory()") < pages_of_a_tensor
