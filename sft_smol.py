@@ -46,6 +46,7 @@ from cebs.training import (
     CompletionTrainer,
     HardwareDefaults,
     TrainingScriptArguments,
+    in_other_orders,
     load_trainable,
     stopping_callbacks,
     tokenize_records,
@@ -64,6 +65,8 @@ class ScriptArguments(TrainingScriptArguments):
         data_dir (`str`): data folder with `train_sample.json` and `valid_sample.json`.
         history_loss_weight (`float`): weight of a token of the history's titles in the loss, beside 1 for a token of
             the answer. All titles but the first count. The evaluation loss is the answer's alone, whatever the weight.
+        orders_per_record (`int`): orders in which each training record is learned: its own, and random ones, in which a
+            title of the history may change places with the target. An epoch is that many times as long.
         adapter (`str`, *optional*): adapter to go on from; left out, a new one is trained.
     """
 
@@ -72,6 +75,12 @@ class ScriptArguments(TrainingScriptArguments):
         metadata={
             "help": "Weight of a token of the history's titles (but the first) in the training loss, beside 1 for a "
             "token of the answer; 0 is the loss on the answer only."
+        }
+    )
+    orders_per_record: int = field(
+        metadata={
+            "help": "Orders in which each training record is learned: its own, and random ones, target included. An "
+            "epoch is that many times as long."
         }
     )
     adapter: str = field(default="", metadata={"help": "Adapter to go on from; left out, a new one is trained."})
@@ -111,11 +120,13 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
 
         # -- Data and model -------------------------------------------------------------------------------------------
         tokenizer, limit = load_tokenizer(model_dir), token_limit(model_dir, training_args.max_length)
+        numbered = in_other_orders(train_records, script_args.orders_per_record, training_args.seed)
         train_dataset, train_shortened = tokenize_records(
             tokenizer,
-            [(record.prompt, record.output) for record in train_records],
+            [(record.prompt, record.output) for _, record in numbered],
             limit,
             label_history=script_args.history_loss_weight > 0,
+            numbers=[number for number, _ in numbered],
         )
         valid_dataset, valid_shortened = tokenize_records(
             tokenizer, [(record.prompt, record.output) for record in valid_records], limit

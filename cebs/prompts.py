@@ -6,8 +6,8 @@ Training and decoding both come through here, so a model is never asked with ano
 import bisect
 import re
 import textwrap
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,29 @@ def quote(title: str) -> str:
 def quoted_titles(text: str) -> list[str]:
     """Returns what stands in double quotes, in order: the history of an input or a prompt."""
     return QUOTED.findall(text)
+
+
+def movable_titles(record: Record) -> list[str]:
+    """Returns the titles that `reordered` moves: the history and the target, unless it holds quotes of its own."""
+    return [*record.history, *([] if '"' in record.target else [record.target])]
+
+
+def reordered(record: Record, order: Sequence[int]) -> Record:
+    """Returns the record with its titles in another order; one of the history may become the target.
+
+    ```python
+    >>> reordered(Record("Recommend.", 'Read: "Emma", "Ulysses".', '"Dracula"'), [2, 0, 1])
+    Record(instruction='Recommend.', input='Read: "Dracula", "Emma".', output='"Ulysses"', user='')
+    ```
+
+    Args:
+        record: the record.
+        order: for each place, which of the `movable_titles` comes there.
+    """
+    titles = movable_titles(record)
+    placed = iter([quote(titles[place]) for place in order])
+    input = QUOTED.sub(lambda title: next(placed), record.input)
+    return replace(record, input=input, output=next(placed, record.output))
 
 
 def predicted_title(text: str) -> str:

@@ -1,12 +1,14 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
+import itertools
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.utils import broadcast_object_list
@@ -30,8 +32,8 @@ from cebs.files import read_json, write_json
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.interrupts import train_until_interrupted
 from cebs.models import base_fingerprint, load_model, save_adapter
-from cebs.processes import has_fast_bf16, is_main_process
-from cebs.prompts import encode_completion, shorten_prompt, title_tokens
+from cebs.processes import has_fast_bf16, is_main_process, record_seed
+from cebs.prompts import Record, encode_completion, movable_titles, reordered, shorten_prompt, title_tokens
 from cebs.runs import Run, run_folder
 
 
@@ -211,11 +213,25 @@ class CompletionTrainer(FiniteLossMixin, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+def in_other_orders(records: Sequence[Record], orders: int, seed: int) -> list[tuple[int, Record]]:
+    """Returns each record with its number: as it is, and then `orders - 1` times with its titles in a random order.
+
+    What is drawn for a record depends on the seed and its number alone.
+    """
+    numbered = list(enumerate(records))
+    for copy in range(1, orders):
+        for number, record in enumerate(records):
+            rng = np.random.default_rng(record_seed(seed, f"order/{copy}", number))
+            numbered.append((number, reordered(record, rng.permutation(len(movable_titles(record))))))
+    return numbered
+
+
 def tokenize_records(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Iterable[tuple[str, str]],
     max_length: int | None,
     label_history: bool = False,
+    numbers: Iterable[int] | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenises (prompt, completion) pairs apart and joins them.
 
@@ -224,13 +240,14 @@ def tokenize_records(
         pairs: prompts and completions.
         max_length: how many tokens a row may have; `None` is no limit.
         label_history: whether the titles of the history have labels too, all but the first, which nothing foretells.
+        numbers: the number of each pair's record in its file; left out, the pairs are the file's records.
 
     Returns:
         `tuple[Dataset, int]`: rows of `input_ids`, `labels` (the completion; -100 elsewhere) and `history_labels` (the
         titles of the history; -100 elsewhere), and how many prompts lost their oldest titles to fit in `max_length`.
     """
     rows, shortened = [], 0
-    for index, (prompt, completion) in enumerate(pairs):
+    for number, (prompt, completion) in zip(itertools.count() if numbers is None else numbers, pairs, strict=False):
         completion_ids = encode_completion(tokenizer, completion)
         prompt, dropped = shorten_prompt(tokenizer, prompt, (max_length or 2**30) - len(completion_ids))
         prompt_ids = tokenizer(prompt).input_ids
@@ -241,7 +258,7 @@ def tokenize_records(
             history_labels[span.start : span.stop] = input_ids[span.start : span.stop]
         rows.append(
             {
-                RECORD: index,
+                RECORD: number,
                 "input_ids": input_ids,
                 "labels": [-100] * len(prompt_ids) + completion_ids,
                 "history_labels": history_labels,

@@ -631,6 +631,7 @@ BAD_ARGUMENTS = [
     (("sft", "dpo"), ("--learning_rat", "1"), "unknown flag --learning_rat; did you mean learning_rate?"),
     (("sft",), ("--learning_rate", "fast"), "--learning_rate/--learning-rate: invalid float value: 'fast'"),
     (("sft",), ("--max_train_samples", "0"), "--max_train_samples 0: must be at least 1"),
+    (("sft",), ("--orders_per_record", "0"), "--orders_per_record 0: must be at least 1"),
     (("sft",), ("--history_loss_weight", "-1"), "--history_loss_weight -1.0: must be 0 or more"),
     (("sft",), ("--history_loss_weight", "nan"), "--history_loss_weight nan: must be 0 or more"),
     (("dpo",), ("--early_stopping_patience", "0"), "--early_stopping_patience 0: must be at least 1"),

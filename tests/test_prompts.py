@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from cebs.generation import Decoder
 from cebs.prompts import (
     NO_PREDICTION,
+    QUOTED,
     Record,
     build_prompt,
     encode_completion,
@@ -15,6 +16,7 @@ from cebs.prompts import (
     predicted_title,
     quote,
     quoted_titles,
+    reordered,
 )
 from cebs.training import tokenize_records
 from utils import InputError
@@ -49,6 +51,18 @@ def test_the_prompt_holds_its_parts_as_they_are(instruction, input):
 def test_quoted_titles_come_back_in_order(history):
     record = Record("Do.", history_input(history), '"X"')
     assert record.history == history == quoted_titles(record.prompt)
+
+
+@given(titles, st.sampled_from(["X", 'the "X" of Y']), st.randoms())
+def test_another_order_has_the_same_titles_in_the_same_text(history, target, random):
+    record = Record("Do.", history_input(history), quote(target), user="7")
+    moved = [*history, target] if target == "X" else history
+    order = random.sample(range(len(moved)), len(moved))
+    other = reordered(record, order)
+    assert [*other.history, other.target][: len(moved)] == [moved[place] for place in order]
+    assert (other.instruction, other.user) == ("Do.", "7") and (target == "X" or other.output == record.output)
+    assert QUOTED.sub("", other.input) == QUOTED.sub("", record.input)
+    assert reordered(record, range(len(moved))) == record
 
 
 @given(text.filter(lambda title: title.strip() == title and title))

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from cebs.files import PROJECT
 from cebs.models import load_model
 from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, read_records, title_tokens
-from cebs.training import CompletionTrainer, tokenize_records
+from cebs.training import CompletionTrainer, in_other_orders, tokenize_records
 from sft_smol import SFTArguments
 from utils import load_tokenizer, read_json
 
@@ -257,3 +257,22 @@ def test_the_weight_changes_the_adapter_and_not_what_is_evaluated(tiny_model, da
     assert list(tmp_path.glob("recipe/runs/*/events.out.tfevents.*"))
     zero, recipe = adapter(tmp_path / "zero"), adapter(tmp_path / "recipe")
     assert any(not torch.equal(zero[name], recipe[name]) for name in zero)
+
+
+def test_records_in_other_orders(tiny_model, data_dir, tmp_path):
+    records = read_records(data_dir / "train_sample.json")[:4]
+    numbered = in_other_orders(records, 3, seed=1)
+    assert [number for number, _ in numbered] == [0, 1, 2, 3] * 3 and [record for _, record in numbered[:4]] == records
+    titles = [[sorted([*record.history, record.target]) for _, record in numbered[i::4]] for i in range(4)]
+    assert all(own == other for own, *others in titles for other in others)
+    assert len({record.prompt for _, record in numbered}) == 12
+    assert numbered[4:8] == [*in_other_orders(records[:3], 2, seed=1)[3:], numbered[7]]  # whatever stands beside them
+    assert numbered != in_other_orders(records, 3, seed=2)
+
+    def train(orders):
+        arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--max_train_samples", "4")
+        schedule = ("--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--learning_rate", "0.01")
+        run_main("sft_smol", *arguments, *schedule, "--orders_per_record", orders, "--output_dir", tmp_path / orders)
+        return read_json(tmp_path / orders / "run.json")["counts"]
+
+    assert (train("1")["steps"], train("3")["steps"]) == (2, 6)
