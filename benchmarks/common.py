@@ -94,7 +94,8 @@ def time_row(case: str, baseline_s: float | None, ours_s: float, limit_s: float 
 
 
 def memory_row(case: str, baseline_mb: float, ours_mb: float) -> dict:
-    return {"case": case, "baseline_mb": baseline_mb, "ours_mb": ours_mb, "ratio": baseline_mb / ours_mb}
+    ratio = baseline_mb / ours_mb if ours_mb else None  # a tiny model may need no page more than there are
+    return {"case": case, "baseline_mb": baseline_mb, "ours_mb": ours_mb, "ratio": ratio}
 
 
 def report(rows: list[dict], json_file: str | None) -> None:

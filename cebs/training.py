@@ -1,6 +1,5 @@
 """What the two training stages share: precision by hardware, tokenised records, callbacks, and the training itself."""
 
-import itertools
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -228,10 +227,10 @@ def in_other_orders(records: Sequence[Record], orders: int, seed: int) -> list[t
 
 def tokenize_records(
     tokenizer: PreTrainedTokenizerBase,
-    pairs: Iterable[tuple[str, str]],
+    pairs: Sequence[tuple[str, str]],
     max_length: int | None,
     label_history: bool = False,
-    numbers: Iterable[int] | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenises (prompt, completion) pairs apart and joins them.
 
@@ -247,7 +246,7 @@ def tokenize_records(
         titles of the history; -100 elsewhere), and how many prompts lost their oldest titles to fit in `max_length`.
     """
     rows, shortened = [], 0
-    for number, (prompt, completion) in zip(itertools.count() if numbers is None else numbers, pairs, strict=False):
+    for number, (prompt, completion) in zip(numbers or range(len(pairs)), pairs, strict=True):
         completion_ids = encode_completion(tokenizer, completion)
         prompt, dropped = shorten_prompt(tokenizer, prompt, (max_length or 2**30) - len(completion_ids))
         prompt_ids = tokenizer(prompt).input_ids
