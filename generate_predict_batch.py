@@ -42,7 +42,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cebs.branches import beam_search
+from cebs.beams import beam_search
 from cebs.calibration import calibration_bias, common_instruction
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches

@@ -26,7 +26,7 @@ from benchmarks.common import (
     report,
     time_row,
 )
-from cebs.branches import beam_search
+from cebs.beams import beam_search
 from cebs.catalogue import load_catalogue
 from cebs.prompts import encode_completion, quote
 from cebs.trie import build_trie

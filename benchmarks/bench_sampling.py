@@ -28,10 +28,10 @@ from benchmarks.common import (
     report,
     time_row,
 )
-from cebs.branches import greedy, sample_until
 from cebs.catalogue import interest_cluster, load_catalogue
 from cebs.generation import CPU_ROWS
 from cebs.prompts import line_end_tokens, predicted_title
+from cebs.sampling import greedy, sample_until
 from utils import run_script
 
 TOP_K = 50

@@ -21,7 +21,8 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import BenchmarkArguments, load, report, seconds, time_row
-from cebs.branches import BranchCache, advance, branching, by_search, prefill, trie_ways
+from cebs.beams import by_search, trie_ways
+from cebs.branches import BranchCache, advance, branching, prefill
 from cebs.catalogue import load_catalogue
 from cebs.prompts import encode_completion, quote
 from cebs.trie import TokenTrie, best_rise, build_trie

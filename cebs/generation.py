@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cebs.branches import NotFiniteError, beam_search, greedy, sample_until
+from cebs.beams import beam_search
+from cebs.branches import NotFiniteError
 from cebs.commands import check_counts
 from cebs.errors import InputError
 from cebs.interrupts import deferred_interrupts
@@ -24,6 +25,7 @@ from cebs.models import ModelArguments, load_for_inference, load_tokenizer, toke
 from cebs.processes import connect_processes
 from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote, say_shortened
 from cebs.runs import Run
+from cebs.sampling import greedy, sample_until
 from cebs.trie import TokenTrie, build_trie
 
 CPU_ROWS = 32  # decoded side by side: more bring little on two cores, and take memory

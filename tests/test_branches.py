@@ -19,16 +19,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from cebs.branches import (
-    NotFiniteError,
-    Place,
-    beam_search,
-    branch_attention,
-    branch_log_probs,
-    greedy,
-    sample_until,
-    shared_rows,
-)
+from cebs.beams import beam_search
+from cebs.branches import NotFiniteError, Place, branch_attention, branch_log_probs, shared_rows
+from cebs.sampling import greedy, sample_until
 from cebs.trie import build_trie, title_paths
 
 VOCABULARY = 97

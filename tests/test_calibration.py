@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 
 from cebs import calibration
-from cebs.branches import beam_search
+from cebs.beams import beam_search
 from cebs.calibration import edge_priors, kept_edge_priors
 from cebs.generation import Decoder
 from cebs.kept import kept_file, read_kept, write_kept

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from cebs.branches import beam_search, greedy, sample_until
+from cebs.beams import beam_search
 from cebs.memory import batch_sizes, decode_within_memory, within_memory
 from cebs.models import load_model
 from cebs.runs import ADAPTER_WEIGHTS
+from cebs.sampling import greedy, sample_until
 from utils import InputError, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cebs.branches import branch_log_probs, greedy, shared_rows
+from cebs.branches import branch_log_probs, shared_rows
 from cebs.files import PROJECT
 from cebs.generation import Decoder
 from cebs.models import load_model
 from cebs.prompts import encode_completion, read_records
+from cebs.sampling import greedy
 from cebs.sources import MODELS
 from utils import load_tokenizer
 
