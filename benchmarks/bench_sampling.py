@@ -8,6 +8,7 @@ sampled again until each of its records has a match or 40 candidates; for greedy
 model (each prompt once, and each token of an answer but its last) would take at the machine's own matrix speed.
 """
 
+import statistics
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +31,7 @@ from benchmarks.common import (
 )
 from cebs.catalogue import interest_cluster, load_catalogue
 from cebs.generation import CPU_ROWS
-from cebs.prompts import line_end_tokens, predicted_title
+from cebs.prompts import line_end_tokens, predicted_title, tokens_with
 from cebs.sampling import greedy, sample_until
 from utils import run_script
 
@@ -87,6 +88,7 @@ def main(args: Arguments) -> None:
     catalogue = load_catalogue(args.data_dir)
     clusters = [set(interest_cluster(record.history, catalogue)) for record in records]
     stop = torch.tensor(line_end_tokens(tokenizer))
+    ends = dict(stop_token_ids=stop, quote_token_ids=torch.tensor(tokens_with('"', tokenizer)))
 
     def in_cluster(index: int, branches: list[list[int]]) -> bool:
         titles = (predicted_title(text) for text in tokenizer.batch_decode(branches, skip_special_tokens=True))
@@ -102,30 +104,34 @@ def main(args: Arguments) -> None:
             num_branches=num_branches,
             max_branches=max(MAX_BRANCHES, num_branches),
             top_k=TOP_K,
-            stop_token_ids=stop,
             rows=args.rows,
+            **ends,
             **{"max_new_tokens": args.max_new_tokens} | kwargs,
         )
         return [branches for _, branches, _ in sorted(found)]
 
-    flops = matrix_flops(model)
-    print(f"{len(prompts)} records, {sum(map(len, prompts)) / len(prompts):.0f} tokens per prompt, ", end="")
-    print(f"{next(model.parameters()).dtype}, {flops / 1e9:.0f} GFLOP/s measured")
+    print(f"{len(prompts)} records, {sum(map(len, prompts)) / len(prompts):.0f} tokens per prompt, {model.dtype}")
+    speeds: list[float] = []
 
     def limit(prompts: list[list[int]], found: list[list[list[int]]]) -> float:
         fed = sum(len(branch) - 1 for branches in found for branch in branches)
-        return limit_seconds(model, flops, sum(map(len, prompts)) + fed, len(prompts) + fed)
+        return limit_seconds(model, speeds, sum(map(len, prompts)) + fed, len(prompts) + fed)
 
     last: dict[str, list] = {}
 
     def baseline() -> None:
         last.update(baseline=resample_whole_batches(model, prompts, in_cluster, stop, args))
 
-    baseline_s, ours_s = interleaved(
-        [baseline if args.baseline else None, lambda: last.update(ours=engine())],
+    baseline_s, ours_s, _ = interleaved(
+        [
+            baseline if args.baseline else None,
+            lambda: last.update(ours=engine()),
+            lambda: speeds.append(matrix_flops(model)),
+        ],
         args.repetitions,
         model.device,
     )
+    print(f"{statistics.median(speeds) / 1e9:.0f} GFLOP/s measured")
     for side, found in last.items():
         lengths = [len(branch) for branches in found for branch in branches]
         print(f"{side}: {len(lengths)} candidates, {sum(lengths) / len(lengths):.1f} tokens each (the last call)")
@@ -138,7 +144,7 @@ def main(args: Arguments) -> None:
         [
             greedy_baseline if args.baseline else None,
             lambda: last.update(
-                greedy=greedy(model, prompts, max_new_tokens=args.max_new_tokens, stop_token_ids=stop, rows=args.rows)
+                greedy=greedy(model, prompts, max_new_tokens=args.max_new_tokens, rows=args.rows, **ends)
             ),
         ],
         args.repetitions,

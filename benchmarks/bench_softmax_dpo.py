@@ -50,7 +50,6 @@ class SoftmaxDPOArguments(BenchmarkArguments):
 def main(args: SoftmaxDPOArguments) -> None:
     model, tokenizer, records, prompts = load(args)
     titles = [encode_completion(tokenizer, quote(title)) for title in load_catalogue(args.data_dir).titles]
-    flops = matrix_flops(model)
     base = model
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter).train()
@@ -85,8 +84,10 @@ def main(args: SoftmaxDPOArguments) -> None:
         torch.testing.assert_close(ours(), baseline(), atol=1e-2, rtol=1e-2)  # also warms up
         tokens = sum(len(e["prompt_ids"]) + len(e["chosen_ids"]) + sum(map(len, e["rejected_ids"])) for e in examples)
         predicted = tokens - sum(len(e["prompt_ids"]) for e in examples)
-        times = interleaved([baseline, ours], args.repetitions, base.device)
-        rows.append(time_row(f"S-DPO step, K = {count}", *times, 2 * limit_seconds(base, flops, tokens, predicted)))
+        speeds: list[float] = []
+        sides = [baseline, ours, lambda speeds=speeds: speeds.append(matrix_flops(base))]
+        *times, _ = interleaved(sides, args.repetitions, base.device)
+        rows.append(time_row(f"S-DPO step, K = {count}", *times, 2 * limit_seconds(base, speeds, tokens, predicted)))
         rows.append(
             memory_row(f"S-DPO step, K = {count}, peak", peak_mb(baseline, base.device), peak_mb(ours, base.device))
         )

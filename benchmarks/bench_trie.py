@@ -90,7 +90,7 @@ def main(args: Arguments) -> None:
             f"{size} titles: {len(trie.tokens)} nodes, {num_bytes / len(trie.tokens):.1f} bytes each, {build_s:.1f} s"
         )
 
-    cache = BranchCache(batch, max(map(len, prompts)) + 20 * args.num_beams)
+    cache = BranchCache(batch, max(map(len, prompts)) + args.num_beams)
     row = torch.arange(batch, device=model.device).repeat_interleave(args.num_beams)
     positions = torch.tensor([len(prompt) for prompt in prompts], device=model.device)[row]
     sees = torch.arange(cache.columns, device=model.device) < positions[:, None]

@@ -82,10 +82,17 @@ def matrix_flops(model: PreTrainedModel) -> float:
     return 2 * x.shape[0] * weight.numel() / statistics.median(times)
 
 
-def limit_seconds(model: PreTrainedModel, flops: float, tokens: int, logits: int) -> float:
-    """Seconds for `tokens` through the layers and `logits` of them through the output matrix, attention left out."""
+def limit_seconds(model: PreTrainedModel, speeds: list[float], tokens: int, logits: int) -> float:
+    """
+    Seconds for `tokens` through the layers and `logits` of them through the output matrix, attention left out.
+
+    Args:
+        speeds (`list[float]`): [`matrix_flops`] beside each repetition of what is timed, for a machine's speed changes;
+            the median counts.
+    """
     layers = sum(m.weight.numel() for m in model.get_decoder().modules() if isinstance(m, nn.Linear))
-    return 2 * (tokens * layers + logits * model.get_output_embeddings().weight.numel()) / flops
+    output = model.get_output_embeddings().weight.numel()
+    return 2 * (tokens * layers + logits * output) / statistics.median(speeds)
 
 
 def time_row(case: str, baseline_s: float | None, ours_s: float, limit_s: float | None) -> dict:

@@ -153,7 +153,7 @@ def _beams(
     """The best `num_beams` branches of R prompts, decoded side by side."""
     device, width = model.device, num_beams // groups
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    cache = BranchCache(len(prompts), int(lengths.max()) + 8 * num_beams)
+    cache = BranchCache(len(prompts), int(lengths.max()))
     # Search s is group s % groups of prompt s // groups; S searches in all, one beam each to begin with.
     begun = begin_rows(model, cache, prompts)
     logits = prefill(model, cache, prompts, list(range(len(prompts))), begun).repeat_interleave(groups, 0)  # [S, V]

@@ -349,9 +349,8 @@ def advance(
     column = used.int().argsort(dim=1, stable=True)[row, slot]  # [N] each row's free columns, from the left
     sees = sees.clone().scatter_(1, column[:, None], True)
 
-    width = int(torch.where(sees.any(0))[0].max()) + 1
-    mask = torch.ones(rows, slots, width, dtype=torch.bool, device=row.device)  # empty slots see all: no NaN
-    mask[row, slot] = sees[:, :width]
+    mask = torch.ones(rows, slots, cache.columns, dtype=torch.bool, device=row.device)  # empty slots see all: no NaN
+    mask[row, slot] = sees
     place = Place(row, column, slice(0, rows), row, slot, _additive(mask, model.dtype))
     return _forward(model, cache, ids, positions, place, keep=torch.arange(len(ids), device=row.device)), sees
 

@@ -23,7 +23,15 @@ from cebs.interrupts import deferred_interrupts
 from cebs.memory import decode_within_memory
 from cebs.models import ModelArguments, load_for_inference, load_tokenizer, token_limit
 from cebs.processes import connect_processes
-from cebs.prompts import encode_completion, encode_prompt, line_end_tokens, predicted_title, quote, say_shortened
+from cebs.prompts import (
+    encode_completion,
+    encode_prompt,
+    line_end_tokens,
+    predicted_title,
+    quote,
+    say_shortened,
+    tokens_with,
+)
 from cebs.runs import Run
 from cebs.sampling import greedy, sample_until
 from cebs.trie import TokenTrie, build_trie
@@ -45,7 +53,9 @@ class DecodingArguments(ModelArguments):
             output folder. When all are done, the same command without it puts them together, and decodes nothing.
     """
 
-    max_new_tokens: int = field(metadata={"help": "Most tokens of an answer."})
+    max_new_tokens: int = field(
+        metadata={"help": "Most tokens of an answer. It ends with its line, or after the closing quote of its title."}
+    )
     max_length: int = field(
         metadata={"help": "Most tokens of prompt and answer; a longer prompt loses its oldest titles."}
     )
@@ -264,6 +274,7 @@ class Decoder:
         self.max_length, self.max_new_tokens, self.rows = max_length, max_new_tokens, rows
         self.model_dir, self.adapter = model_dir, adapter
         self.stop_token_ids = torch.tensor(line_end_tokens(tokenizer))
+        self.quote_token_ids = torch.tensor(tokens_with('"', tokenizer), dtype=torch.long)
         self.shortened_prompts = 0
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
@@ -294,6 +305,7 @@ class Decoder:
                 list(prompts),
                 max_new_tokens=self.max_new_tokens,
                 stop_token_ids=self.stop_token_ids,
+                quote_token_ids=self.quote_token_ids,
                 rows=rows,
             )
         )
@@ -349,6 +361,7 @@ class Decoder:
                         temperature=args.temperature,
                         max_new_tokens=max(map(len, title_of)) if args.constrained else self.max_new_tokens,
                         stop_token_ids=self.stop_token_ids,
+                        quote_token_ids=self.quote_token_ids,
                         rows=rows,
                     )
                 )

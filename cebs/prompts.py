@@ -230,5 +230,10 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: str) -> 
 
 def line_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Returns the ids of all tokens that end an answer: the end-of-sequence token and every token with a newline."""
+    return sorted({tokenizer.eos_token_id, *tokens_with("\n", tokenizer)})
+
+
+def tokens_with(character: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Returns the ids of all tokens with a character."""
     texts: Iterable[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
-    return sorted({tokenizer.eos_token_id, *(token_id for token_id, text in enumerate(texts) if "\n" in text)})
+    return [token_id for token_id, text in enumerate(texts) if character in text]

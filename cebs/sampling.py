@@ -22,7 +22,7 @@ from cebs.branches import (
 )
 from cebs.trie import TokenTrie
 
-PREFILL_ROWS = 8  # prompts in one pass: enough to keep the matrix units busy, few enough to keep the activations small
+PREFILL_ROWS = 16  # prompts in one pass: enough to keep the matrix units busy, few enough to keep the activations small
 
 
 @dataclass
@@ -52,6 +52,7 @@ def sample_until(
     temperature: float = 1.0,
     max_new_tokens: int,
     stop_token_ids: Tensor,
+    quote_token_ids: Tensor | None = None,
     rows: int = 16,
 ) -> Iterator[tuple[int, list[list[int]], list[float]]]:
     """
@@ -72,6 +73,9 @@ def sample_until(
         max_new_tokens (`int`): a branch of this length ends.
         stop_token_ids (`Tensor`, `[num_stop]`): a branch without a trie ends when it emits one; it is included in the
             branch.
+        quote_token_ids (`Tensor`, `[num_quotes]`, *optional*): a branch without a trie also ends with the first token
+            after the second one of these. Its title stands between the two, and a model that goes on to list further
+            titles would hold everything up.
         rows (`int`): prompts decoded side by side; memory grows with it.
 
     Yields:
@@ -83,22 +87,28 @@ def sample_until(
         `NotFiniteError`: naming the prompt whose logits are NaN or infinite.
     """
     device, stop = model.device, stop_token_ids.to(model.device)
+    quotes = stop[:0] if quote_token_ids is None else quote_token_ids.to(device)
     trie = trie and trie.to(device)
     waiting = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True))  # like lengths together
     active: list[_Sampled] = []  # active[r] is in buffer row r
-    # Columns for titles of a usual length; longer ones widen the buffer.
-    cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0) + 12 * num_branches)
+    cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0))
     noise = torch.empty(cache.rows, max_branches, max_new_tokens, device=device)
 
-    # The N live branches: buffer row, number among the prompt's branches, newest choice, its position, what it sees.
-    row = number = choice = positions = torch.empty(0, dtype=torch.long, device=device)
+    # The N live branches: buffer row, number among the prompt's branches, newest choice, its position, quotes so far,
+    # what it sees.
+    row = number = choice = positions = quoted = torch.empty(0, dtype=torch.long, device=device)
     sees = torch.empty(0, cache.columns, dtype=torch.bool, device=device)
     accepted = refused = 0  # rounds of all prompts
 
-    def emit(row: Tensor, number: Tensor, choice: Tensor, log_probs: Tensor, step: Tensor) -> Tensor:
-        """Append a token to each branch; True `[N]` where the branch goes on."""
+    def emit(
+        row: Tensor, number: Tensor, choice: Tensor, log_probs: Tensor, step: Tensor, quoted: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Append a token to each branch; True `[N]` where the branch goes on, and its quotes so far."""
         ids = token_of(trie, choice)
-        ended = torch.isin(ids, stop) if trie is None else trie.offsets[choice] == trie.offsets[choice + 1]
+        if trie is None:
+            ended = torch.isin(ids, stop) | (quoted >= 2)
+        else:
+            ended = trie.offsets[choice] == trie.offsets[choice + 1]
         goes_on = ~ended & (step + 1 < max_new_tokens)
         emitted = torch.stack([row, number, ids, goes_on], 1)
         for (r, n, token, more), log_prob in zip(emitted.tolist(), log_probs.tolist(), strict=True):
@@ -107,7 +117,7 @@ def sample_until(
             active[r].branches[n].append(token)
             active[r].log_probs[n] += log_prob
             active[r].open[n // num_branches] -= 1 - more
-        return goes_on
+        return goes_on, quoted + torch.isin(ids, quotes)
 
     with branching(model):
         begun = begin_rows(model, cache, prompts)
@@ -137,9 +147,12 @@ def sample_until(
                 r, n, length = torch.tensor(starts, device=device).unbind(1)
                 first = (torch.stack(x) for x in zip(*(active[r].first for r, *_ in starts), strict=True))  # [N, k]
                 chosen, log_probs = _pick(*first, temperature, noise[r, n, 0])
-                goes_on = emit(r, n, chosen, log_probs, torch.zeros_like(n))
-                row, number, choice = (torch.cat([a, b[goes_on]]) for a, b in ((row, r), (number, n), (choice, chosen)))
-                positions = torch.cat([positions, length[goes_on]])
+                none = torch.zeros_like(n)
+                goes_on, began = emit(r, n, chosen, log_probs, none, none)
+                before, new = (row, number, choice, positions, quoted), (r, n, chosen, length, began)
+                row, number, choice, positions, quoted = (
+                    torch.cat([a, b[goes_on]]) for a, b in zip(before, new, strict=True)
+                )
                 prompt_columns = torch.arange(cache.columns, device=device) < length[goes_on, None]
                 sees = torch.cat([sees, prompt_columns])
 
@@ -148,9 +161,10 @@ def sample_until(
                 step = positions + 1 - torch.tensor([prompt.length for prompt in active], device=device)[row]
                 likeliest = _likeliest(trie, logits, choice, top_k)
                 choice, log_probs = _pick(*likeliest, temperature, noise[row, number, step])
-                live = emit(row, number, choice, log_probs, step)
-                row, number, choice, sees = row[live], number[live], choice[live], sees[live]
-                positions = positions[live] + 1
+                live, quoted = emit(row, number, choice, log_probs, step, quoted)
+                row, number, choice, positions, quoted, sees = (
+                    x[live] for x in (row, number, choice, positions + 1, quoted, sees)
+                )
 
             for r in reversed(range(len(active))):
                 prompt = active[r]
@@ -163,7 +177,9 @@ def sample_until(
                         yield prompt.index, prompt.branches[:end], prompt.log_probs[:end]
                         # Rounds begun early are dropped, and the last row moves into the hole.
                         live, last = row != r, len(active) - 1
-                        row, number, choice, positions, sees = (x[live] for x in (row, number, choice, positions, sees))
+                        row, number, choice, positions, quoted, sees = (
+                            x[live] for x in (row, number, choice, positions, quoted, sees)
+                        )
                         row[row == last] = r
                         for buffer in [noise, *cache.tensors()]:
                             buffer[r] = buffer[last]
@@ -198,6 +214,7 @@ def greedy(
     *,
     max_new_tokens: int,
     stop_token_ids: Tensor,
+    quote_token_ids: Tensor | None = None,
     rows: int = 64,
 ) -> list[list[int]]:
     """
@@ -218,6 +235,7 @@ def greedy(
         top_k=1,
         max_new_tokens=max_new_tokens,
         stop_token_ids=stop_token_ids,
+        quote_token_ids=quote_token_ids,
         rows=rows,
     )
     return [branches[0] for _, branches, _ in sorted(found)]

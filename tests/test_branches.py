@@ -292,6 +292,24 @@ def test_rounds(prompts, rows, num_branches, max_branches):
             assert not any(ended[:-1]) and (ended[-1] or len(branch) == 8)
 
 
+@quick
+@given(prompts=prompt_lists(), rows=st.integers(1, 6), quotes=st.sets(tokens, min_size=1, max_size=40))
+def test_a_branch_ends_after_its_second_quote(prompts, rows, quotes):
+    """Up to there it is the branch that ends elsewhere, and so is the greedy one."""
+
+    def until_closed(branch):
+        places = [place for place, token in enumerate(branch) if token in quotes]
+        return branch[: places[1] + 2] if len(places) > 1 else branch
+
+    quote_token_ids, seeds = torch.tensor(sorted(quotes)), list(range(len(prompts)))
+    whole = sample(prompts, seeds, rows=rows, max_new_tokens=12)
+    found = sample(prompts, seeds, rows=rows, max_new_tokens=12, quote_token_ids=quote_token_ids)
+    assert found == {i: list(map(until_closed, branches)) for i, branches in whole.items()}
+    how = dict(max_new_tokens=12, stop_token_ids=STOP)
+    answers = greedy(MODEL, prompts, quote_token_ids=quote_token_ids, **how)
+    assert answers == list(map(until_closed, greedy(MODEL, prompts, **how)))
+
+
 def test_same_arguments_same_bytes():
     prompts = ragged_batch()[0] * 3
     first, again = (sample(prompts, list(range(9)), rows=4, max_new_tokens=20) for _ in range(2))

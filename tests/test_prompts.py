@@ -17,6 +17,7 @@ from cebs.prompts import (
     quote,
     quoted_titles,
     reordered,
+    tokens_with,
 )
 from cebs.training import tokenize_records
 from utils import InputError
@@ -172,6 +173,20 @@ def test_every_token_with_a_newline_ends_a_line(tokenizer):
     newline = {token for token, index in tokenizer.get_vocab().items() if index in ends} - {tokenizer.eos_token}
     # in a byte-level vocabulary a newline is written with this letter
     assert newline == {token for token in tokenizer.get_vocab() if "Ċ" in token} and newline
+
+
+@given(parts=st.lists(st.sampled_from(['"', '""', '",', ' "', "Emma", " ", "Ж", "\n"])))
+@quick
+def test_the_title_is_closed_by_the_second_token_with_a_quote(tokenizer, parts):
+    """Decoding may end after it: the predicted title is there, unless an earlier token has closed an empty one."""
+    quotes = tokens_with('"', tokenizer)
+    ids = tokenizer("".join(parts), add_special_tokens=False).input_ids
+    places = [place for place, token in enumerate(ids) if token in quotes]
+    if len(places) > 1:
+        closed, whole = tokenizer.decode(ids[: places[1] + 1]), tokenizer.decode(ids)
+        assert predicted_title(closed) == predicted_title(whole) and closed.count('"') >= 2
+    else:
+        assert tokenizer.decode(ids).count('"') == sum(tokenizer.decode([ids[place]]).count('"') for place in places)
 
 
 def test_training_rows_are_prompt_and_completion_apart(tokenizer):
