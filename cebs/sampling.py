@@ -4,6 +4,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +37,20 @@ class _Sampled:
     log_probs: list[float]
     open: list[int]  # per round, branches that have not ended
     judged: int = 0  # rounds that `accept` has refused
+
+
+class _Live(NamedTuple):
+    """The N branches that have not ended."""
+
+    row: Tensor  # [N] buffer row of the prompt
+    number: Tensor  # [N] among the prompt's branches
+    choice: Tensor  # [N] the newest
+    position: Tensor  # [N] and its position id
+    quoted: Tensor  # [N] tokens with a quote so far
+    sees: Tensor  # [N, C] columns
+
+    def keep(self, which: Tensor) -> "_Live":
+        return _Live(*(x[which] for x in self))
 
 
 @torch.no_grad()
@@ -94,30 +109,26 @@ def sample_until(
     cache = BranchCache(min(rows, len(prompts)), max(map(len, prompts), default=0))
     noise = torch.empty(cache.rows, max_branches, max_new_tokens, device=device)
 
-    # The N live branches: buffer row, number among the prompt's branches, newest choice, its position, quotes so far,
-    # what it sees.
-    row = number = choice = positions = quoted = torch.empty(0, dtype=torch.long, device=device)
-    sees = torch.empty(0, cache.columns, dtype=torch.bool, device=device)
+    nothing = torch.empty(0, dtype=torch.long, device=device)
+    live = _Live(*[nothing] * 5, torch.empty(0, cache.columns, dtype=torch.bool, device=device))
     accepted = refused = 0  # rounds of all prompts
 
-    def emit(
-        row: Tensor, number: Tensor, choice: Tensor, log_probs: Tensor, step: Tensor, quoted: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Append a token to each branch; True `[N]` where the branch goes on, and its quotes so far."""
-        ids = token_of(trie, choice)
+    def emit(new: _Live, log_probs: Tensor, step: Tensor) -> _Live:
+        """Append the newest token to each branch; those that go on."""
+        ids = token_of(trie, new.choice)
         if trie is None:
-            ended = torch.isin(ids, stop) | (quoted >= 2)
+            ended = torch.isin(ids, stop) | (new.quoted >= 2)
         else:
-            ended = trie.offsets[choice] == trie.offsets[choice + 1]
+            ended = trie.offsets[new.choice] == trie.offsets[new.choice + 1]
         goes_on = ~ended & (step + 1 < max_new_tokens)
-        emitted = torch.stack([row, number, ids, goes_on], 1)
+        emitted = torch.stack([new.row, new.number, ids, goes_on], 1)
         for (r, n, token, more), log_prob in zip(emitted.tolist(), log_probs.tolist(), strict=True):
             if not math.isfinite(log_prob):  # a single bad logit makes all log-probs of its branch bad
                 raise NotFiniteError(active[r].index)
             active[r].branches[n].append(token)
             active[r].log_probs[n] += log_prob
             active[r].open[n // num_branches] -= 1 - more
-        return goes_on, quoted + torch.isin(ids, quotes)
+        return new._replace(quoted=new.quoted + torch.isin(ids, quotes)).keep(goes_on)
 
     with branching(model):
         begun = begin_rows(model, cache, prompts)
@@ -137,7 +148,7 @@ def sample_until(
             starts: list[tuple[int, int, int]] = []  # row, number, prompt length
             for r in sorted(range(len(active)), key=lambda r: sum(active[r].open)):
                 prompt, n = active[r], len(active[r].branches)
-                early = not waiting and refused > accepted and len(choice) + len(starts) < rows * num_branches
+                early = not waiting and refused > accepted and len(live.row) + len(starts) < rows * num_branches
                 if n < max_branches and (early or not any(prompt.open)):
                     prompt.open.append(min(num_branches, max_branches - n))
                     prompt.branches += [[] for _ in range(prompt.open[-1])]
@@ -147,24 +158,18 @@ def sample_until(
                 r, n, length = torch.tensor(starts, device=device).unbind(1)
                 first = (torch.stack(x) for x in zip(*(active[r].first for r, *_ in starts), strict=True))  # [N, k]
                 chosen, log_probs = _pick(*first, temperature, noise[r, n, 0])
-                none = torch.zeros_like(n)
-                goes_on, began = emit(r, n, chosen, log_probs, none, none)
-                before, new = (row, number, choice, positions, quoted), (r, n, chosen, length, began)
-                row, number, choice, positions, quoted = (
-                    torch.cat([a, b[goes_on]]) for a, b in zip(before, new, strict=True)
-                )
-                prompt_columns = torch.arange(cache.columns, device=device) < length[goes_on, None]
-                sees = torch.cat([sees, prompt_columns])
+                prompt_columns = torch.arange(cache.columns, device=device) < length[:, None]
+                zeros = torch.zeros_like(n)
+                started = emit(_Live(r, n, chosen, length, zeros, prompt_columns), log_probs, step=zeros)
+                live = _Live(*map(torch.cat, zip(live, started, strict=True)))
 
-            if len(choice):
-                logits, sees = advance(model, cache, token_of(trie, choice), positions, row, sees)
-                step = positions + 1 - torch.tensor([prompt.length for prompt in active], device=device)[row]
-                likeliest = _likeliest(trie, logits, choice, top_k)
-                choice, log_probs = _pick(*likeliest, temperature, noise[row, number, step])
-                live, quoted = emit(row, number, choice, log_probs, step, quoted)
-                row, number, choice, positions, quoted, sees = (
-                    x[live] for x in (row, number, choice, positions + 1, quoted, sees)
-                )
+            if len(live.row):
+                logits, sees = advance(model, cache, token_of(trie, live.choice), live.position, live.row, live.sees)
+                position = live.position + 1
+                step = position - torch.tensor([prompt.length for prompt in active], device=device)[live.row]
+                likeliest = _likeliest(trie, logits, live.choice, top_k)
+                choice, log_probs = _pick(*likeliest, temperature, noise[live.row, live.number, step])
+                live = emit(live._replace(choice=choice, position=position, sees=sees), log_probs, step)
 
             for r in reversed(range(len(active))):
                 prompt = active[r]
@@ -176,11 +181,8 @@ def sample_until(
                     if is_enough or end == max_branches:
                         yield prompt.index, prompt.branches[:end], prompt.log_probs[:end]
                         # Rounds begun early are dropped, and the last row moves into the hole.
-                        live, last = row != r, len(active) - 1
-                        row, number, choice, positions, quoted, sees = (
-                            x[live] for x in (row, number, choice, positions, quoted, sees)
-                        )
-                        row[row == last] = r
+                        live, last = live.keep(live.row != r), len(active) - 1
+                        live.row[live.row == last] = r
                         for buffer in [noise, *cache.tensors()]:
                             buffer[r] = buffer[last]
                         active[r] = active[last]
