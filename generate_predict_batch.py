@@ -70,6 +70,8 @@ class ScriptArguments(RunArguments):
         num_beams (`int`): width of the beam search, and titles in a ranking.
         calibration (`float`): weight of a title's log-probability without a history, which is taken off its score
             (see `cebs.calibration`). It is computed once for a model and catalogue, and kept.
+        renormalize (`bool`, *optional*, defaults to `False`): score each token by its probability among those that a
+            title of the catalogue may go on with, instead of among all tokens.
         exclude_history (`bool`, *optional*, defaults to `False`): leave the titles of a user's own history out of the
             ranking. The search is wider then, by as many beams as the longest history has titles.
         cache_dir (`str`, *optional*): folder where the log-probabilities without a history are kept.
@@ -87,6 +89,10 @@ class ScriptArguments(RunArguments):
     calibration: float = field(
         metadata={"help": "Weight of a title's log-probability without a history, taken off its score."}
     )
+    renormalize: bool = field(
+        default=False,
+        metadata={"help": "Score a token among those that a title of the catalogue may go on with, not among all."},
+    )
     exclude_history: bool = field(default=False, metadata={"help": "Leave a user's own history out of the ranking."})
     cache_dir: str | None = field(
         default=None,
@@ -98,7 +104,7 @@ class ScriptArguments(RunArguments):
         super().__post_init__()
         if self.calibration < 0:
             raise ValueError(f"--calibration: {self.calibration} must be 0 or more")
-        for name in ("calibration", "exclude_history"):
+        for name in ("calibration", "renormalize", "exclude_history"):
             if vars(self)[name] and self.decoding != "constrained_beam":
                 raise ValueError(f"--{name}: is for rankings; give --decoding constrained_beam with it")
 
@@ -146,7 +152,14 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 return [prediction_record(record, answer) for (record, _), answer in zip(batch, answers, strict=True)]
         else:
             trie, title_of = decoder.catalogue_trie(titles)
-            edge_bias = calibration_bias(decoder, titles, instruction, script_args.calibration, script_args.cache_dir)
+            edge_bias = calibration_bias(
+                decoder,
+                titles,
+                instruction,
+                script_args.calibration,
+                script_args.cache_dir,
+                script_args.renormalize,
+            )
 
             def left_out(record: Record) -> set[str]:
                 return set(record.history) if script_args.exclude_history else set()
@@ -162,6 +175,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                         trie,
                         num_beams=num_beams,
                         edge_bias=edge_bias,
+                        renormalize=script_args.renormalize,
                         rows=rows,
                     )
                 )

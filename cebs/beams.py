@@ -57,10 +57,15 @@ def free_ways(stop: Tensor, num_beams: int, logits: Tensor, last: bool) -> Ways:
     return Ways(log_probs, torch.zeros_like(rise), choice, ends, rise)
 
 
-def trie_ways(trie: TokenTrie, edge_bias: Tensor, rise: Tensor, logits: Tensor, node: Tensor) -> Ways:
-    """The edges out of each beam's node."""
+def trie_ways(
+    trie: TokenTrie, edge_bias: Tensor, rise: Tensor, logits: Tensor, node: Tensor, renormalize: bool = False
+) -> Ways:
+    """The edges out of each beam's node; `renormalize` has a beam's edges share the whole probability."""
     log_probs, child = edge_log_probs(trie, logits, node)
-    return Ways(log_probs, edge_bias[child], child, trie.titles[child] >= 0, rise[child])
+    bias = edge_bias[child]
+    if renormalize:
+        bias = bias - log_probs.logsumexp(1, keepdim=True)
+    return Ways(log_probs, bias, child, trie.titles[child] >= 0, rise[child])
 
 
 @torch.no_grad()
@@ -73,6 +78,7 @@ def beam_search(
     num_beam_groups: int = 1,
     diversity_penalty: float = 0.0,
     edge_bias: Tensor | None = None,
+    renormalize: bool = False,
     max_new_tokens: int | None = None,
     stop_token_ids: Tensor | None = None,
     rows: int = 8,
@@ -97,6 +103,9 @@ def beam_search(
             search.
         num_beam_groups (`int`): groups; a divisor of `num_beams`.
         edge_bias (`Tensor`, `[num_nodes]`, *optional*): added to the score with the trie's edge to each node.
+        renormalize (`bool`): the score counts each edge's probability among the edges out of its node, instead of among
+            all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. For completions
+            none of which is the beginning of another.
         max_new_tokens, stop_token_ids: of free beams, as in [`sample_until`]. Of the stop tokens, only the likeliest
             ends a beam.
         rows (`int`): prompts decoded side by side.
@@ -122,7 +131,7 @@ def beam_search(
         rise = best_rise(trie, bias)
 
         def ways_on(logits: Tensor, choice: Tensor, step: int) -> Ways:
-            return trie_ways(trie, bias, rise, logits, choice)
+            return trie_ways(trie, bias, rise, logits, choice, renormalize)
 
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     found: list[tuple[list[list[int]], list[float]]] = [None] * len(prompts)

@@ -48,7 +48,12 @@ def common_instruction(path: Path, records: Iterable[Record]) -> str:
 
 
 def calibration_bias(
-    decoder: Decoder, titles: Sequence[str], instruction: str | None, weight: float, cache_dir: str | None
+    decoder: Decoder,
+    titles: Sequence[str],
+    instruction: str | None,
+    weight: float,
+    cache_dir: str | None,
+    renormalize: bool = False,
 ) -> Tensor | None:
     """Returns what calibrated beams add to a score with each edge of the catalogue's trie, `[num_nodes]`.
 
@@ -60,6 +65,7 @@ def calibration_bias(
         instruction: from [`common_instruction`]; not used with weight 0.
         weight: of the log-probability without a history.
         cache_dir: where log-probabilities are kept; left out, in `models/.priors`.
+        renormalize: take them among the edges out of a node, as `beam_search` then does.
 
     Returns:
         None with weight 0, and from a decoder without a model.
@@ -80,7 +86,17 @@ def calibration_bias(
             adapter=decoder.adapter,
             cache_dir=Path(cache_dir) if cache_dir else PRIORS_CACHE,
         )
-    return -weight * priors
+    return -weight * (among_edges(trie, priors) if renormalize else priors)
+
+
+def among_edges(trie: TokenTrie, log_probs: Tensor) -> Tensor:
+    """Returns log-probabilities `[num_nodes]` of the trie's edges, renormalised among the edges out of each node."""
+    num_children = trie.offsets.diff().numpy()
+    first = trie.offsets[:-1].numpy()[num_children > 0]
+    totals = np.logaddexp.reduceat(log_probs.numpy(), first)
+    # Children stand in the order of their parents, from the root's on.
+    share = log_probs[1:] - torch.from_numpy(np.repeat(totals, num_children[num_children > 0]))
+    return torch.cat([torch.zeros(1), share])
 
 
 def kept_edge_priors(

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from itertools import pairwise
-from math import inf
+from math import exp, inf, log
 
 import pytest
 import torch
@@ -440,7 +440,9 @@ any_titles = st.lists(
 )
 
 
-def plain_beams(prompt, num_beams, *, titles=None, bias=None, groups=1, penalty=0.0, max_new_tokens=None):
+def plain_beams(
+    prompt, num_beams, *, titles=None, bias=None, renormalize=False, groups=1, penalty=0.0, max_new_tokens=None
+):
     """The same search with prefixes in lists, one forward pass per beam, one group after the other.
 
     `bias` gives the bias of the edge that leads to a prefix. Returns branches and scores, best first.
@@ -460,11 +462,13 @@ def plain_beams(prompt, num_beams, *, titles=None, bias=None, groups=1, penalty=
                     ends = token == stop or len(prefix) + 1 == max_new_tokens
                     yield token, log_prob, ends, not ends, 0.0
         else:
-            for token in {t[len(prefix)] for t in titles if len(t) > len(prefix) and t[: len(prefix)] == prefix}:
+            allowed = {t[len(prefix)] for t in titles if len(t) > len(prefix) and t[: len(prefix)] == prefix}
+            share = log(sum(exp(log_probs[token]) for token in allowed)) if renormalize else 0.0
+            for token in allowed:
                 new = (*prefix, token)
                 longer = [t for t in titles if len(t) > len(new) and t[: len(new)] == new]
                 rises = [sum(bias[t[:n]] for n in range(len(new) + 1, len(t) + 1)) for t in longer] if bias else [0.0]
-                score = log_probs[token] + (bias[new] if bias else 0.0)
+                score = log_probs[token] - share + (bias[new] if bias else 0.0)
                 yield token, score, new in titles, bool(longer), max(rises, default=0.0)
 
     pools, beams = [[] for _ in range(groups)], [[((), 0.0)] for _ in range(groups)]
@@ -514,9 +518,9 @@ def exhaustive(prompt, titles, bias=None):
 
 
 @st.composite
-def biased_catalogues(draw):
+def biased_catalogues(draw, of=any_titles):
     """Titles, and a bias between -3 and 3 for each beginning of one."""
-    titles = draw(any_titles)
+    titles = draw(of)
     beginnings = sorted({title[:n] for title in titles for n in range(1, len(title) + 1)})
     number = st.integers(0, 2**16)
     return titles, {b: draw(number) / 2**16 * 6 - 3 + i * 1e-3 for i, b in enumerate(beginnings)}
@@ -576,6 +580,16 @@ def test_narrow_beams_equal_a_plain_beam_search(prompts, catalogue, num_beams, b
     numbers = edge_bias(trie, titles, bias) if biased else None
     found = beam_search(MODEL, prompts, trie, num_beams=num_beams, edge_bias=numbers)
     check_against_plain(prompts, found, num_beams, titles=titles, bias=bias if biased else None)
+
+
+@few
+@given(prompts=short_prompts, catalogue=biased_catalogues(catalogues), num_beams=st.integers(1, 6))
+def test_renormalised_beams_equal_a_plain_beam_search(prompts, catalogue, num_beams):
+    titles, bias = catalogue
+    trie = build_trie(titles)
+    for numbers, plain_bias in ((None, None), (edge_bias(trie, titles, bias), bias)):
+        found = beam_search(MODEL, prompts, trie, num_beams=num_beams, edge_bias=numbers, renormalize=True)
+        check_against_plain(prompts, found, num_beams, titles=titles, bias=plain_bias, renormalize=True)
 
 
 @few

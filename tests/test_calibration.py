@@ -1,6 +1,7 @@
 """Calibrated beams: the numbers without a history are the model's, and are computed once."""
 
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from cebs import calibration
 from cebs.beams import beam_search
-from cebs.calibration import edge_priors, kept_edge_priors
+from cebs.calibration import among_edges, edge_priors, kept_edge_priors
 from cebs.generation import Decoder
 from cebs.kept import kept_file, read_kept, write_kept
 from cebs.models import load_model
@@ -54,6 +55,19 @@ def test_edge_priors_are_the_models_own(model, prompt, titles, at_once):
     assert priors[0] == 0 and priors.dtype == torch.float32
     for title, path in zip(titles, title_paths(trie), strict=True):
         torch.testing.assert_close(priors[path], token_log_probs(model, prompt, list(title)), atol=1e-4, rtol=1e-4)
+
+
+@settings(deadline=None, max_examples=20)
+@given(titles=completions, data=st.data())
+def test_shares_among_edges_are_those_of_the_nodes_children(titles, data):
+    trie = build_trie(titles)
+    numbers = st.floats(-20, 0, width=32)
+    log_probs = torch.tensor(data.draw(st.lists(numbers, min_size=len(trie.tokens), max_size=len(trie.tokens))))
+    shares = among_edges(trie, log_probs)
+    assert shares[0] == 0 and len(shares) == len(log_probs)
+    for first, end in pairwise(trie.offsets.tolist()):
+        if first < end:
+            torch.testing.assert_close(shares[first:end], log_probs[first:end].log_softmax(0))
 
 
 @settings(deadline=None, max_examples=20)

@@ -607,6 +607,19 @@ def test_calibrated_candidates_are_the_calibrated_ranking(chain, out, capsys):
     assert titles != [[c["title"] for c in entry["candidates"]] for entry in read_json(plain)["train"]]
 
 
+def test_a_renormalised_ranking_is_another_one_of_the_same_titles(chain, out):
+    """As wide as the catalogue; with weight 1 no title gains by a token that the catalogue leaves no choice of."""
+    size = len(load_catalogue(chain.data_dir).titles)
+    beams = ("--decoding", "constrained_beam", "--num_beams", size, "--max_predict_samples", "2")
+    beams += ("--calibration", "1", "--cache_dir", chain.root / out / "kept")
+    plain, renormalised = (
+        read_json(chain.predict(*beams, *more, out=f"{out}/{len(more)}") / "predictions" / "raw_results_2.json")
+        for more in ((), ("--renormalize",))
+    )
+    for row, other in zip(plain, renormalised, strict=True):
+        assert sorted(row["ranking"]) == sorted(other["ranking"]) and row["ranking"] != other["ranking"]
+
+
 def test_a_history_left_out_changes_nothing_else(chain, out):
     """As wide as the catalogue, the ranking is the full one without the titles of the history."""
     size = len(load_catalogue(chain.data_dir).titles)
@@ -634,6 +647,7 @@ def test_predictions_say_whose_they_are(chain, out):
     "flags, message",
     [
         (["--calibration", "0.5"], "--calibration: is for rankings; give --decoding constrained_beam with it"),
+        (["--renormalize"], "--renormalize: is for rankings; give --decoding constrained_beam with it"),
         (["--exclude_history"], "--exclude_history: is for rankings; give --decoding constrained_beam with it"),
         (["--decoding", "constrained_beam", "--calibration", "-1"], "--calibration: -1.0 must be 0 or more"),
     ],
