@@ -104,8 +104,8 @@ def beam_search(
         num_beam_groups (`int`): groups; a divisor of `num_beams`.
         edge_bias (`Tensor`, `[num_nodes]`, *optional*): added to the score with the trie's edge to each node.
         renormalize (`bool`): the score counts each edge's probability among the edges out of its node, instead of among
-            all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. For completions
-            none of which is the beginning of another.
+            all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. No completion
+            may be the beginning of another.
         max_new_tokens, stop_token_ids: of free beams, as in [`sample_until`]. Of the stop tokens, only the likeliest
             ends a beam.
         rows (`int`): prompts decoded side by side.
