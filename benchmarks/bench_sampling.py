@@ -4,8 +4,9 @@
 
 The baseline is `generate` with ten return sequences and up to 100 new tokens, in batches of eight; the whole batch is
 sampled again until each of its records has a match or 40 candidates; for greedy answers it is `generate` in batches of
-`--rows`. Both sides stop a branch at the same tokens. The limit is the time that the tokens which must pass through the
-model (each prompt once, and each token of an answer but its last) would take at the machine's own matrix speed.
+`--rows`. Both sides stop a branch at the same tokens, the engine also one whose title is closed. The limit is the time
+that the tokens which must pass through the model (each prompt once, and each token of an answer but its last) would
+take at the machine's own matrix speed.
 """
 
 import statistics

@@ -18,7 +18,7 @@ from utils import load_tokenizer, write_json
 
 
 @dataclass
-class BenchmarkArguments:
+class ModelOnData:
     model_name_or_path: str = field(default=DEFAULT_MODEL, metadata={"help": "Folder or hub name of the base model."})
     adapter: str = field(default="", metadata={"help": "Folder of the adapter, merged into the base model."})
     dtype: str = field(
@@ -26,6 +26,10 @@ class BenchmarkArguments:
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda or cuda:N; auto is the GPU if any."})
     data_dir: str = field(default="../shared/goodreads", metadata={"help": "Data folder."})
+
+
+@dataclass
+class BenchmarkArguments(ModelOnData):
     json: str | None = field(default=None, metadata={"help": "File for the rows."})
     num_records: int = field(default=16, metadata={"help": "Records, from the head of train_sample.json."})
     repetitions: int = field(default=3, metadata={"help": "Interleaved repetitions; the median counts."})

@@ -43,3 +43,14 @@ def test_evaluation_writes_its_rows(run_script, tmp_path):
     result = run_script("benchmarks/bench_evaluate.py", *small, "--json", tmp_path / "rows.json")
     assert result.code == 0, result.stderr
     assert all(row["case"] in result.stdout for row in read_json(tmp_path / "rows.json"))
+
+
+def test_loss_by_token(run_script, tiny_model, data_dir):
+    """Fewer choices, less loss; the catalogue's titles all begin with a quote."""
+    flags = ("--model_name_or_path", tiny_model, "--data_dir", data_dir, "--dtype", "float32")
+    result = run_script("benchmarks/loss_by_token.py", *flags)
+    assert result.code == 0, result.stderr
+    lines = [line.rsplit(maxsplit=7) for line in result.stdout.splitlines()[-3:]]
+    all_tokens, catalogue, popularity = ([float(number) for number in numbers] for _, *numbers in lines)
+    assert all(fewer <= more for fewer, more in zip(catalogue, all_tokens, strict=True))
+    assert catalogue[1] == popularity[1] == 0 < all_tokens[1] and popularity[0] > 0
