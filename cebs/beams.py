@@ -96,7 +96,7 @@ def beam_search(
     a later one does not finish again.
 
     Args:
-        model: as in [`sample_until`].
+        model: as in [`cebs.sampling.sample_until`].
         prompts (`list[list[int]]`): token ids, at least one each.
         trie (`TokenTrie`, *optional*): of the completions of a catalogue; left out, beams are free.
         num_beams (`int`): beams, and branches returned, per prompt. As many as the trie has titles: an exhaustive
@@ -106,7 +106,7 @@ def beam_search(
         renormalize (`bool`): the score counts each edge's probability among the edges out of its node, instead of among
             all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. No completion
             may be the beginning of another.
-        max_new_tokens, stop_token_ids: of free beams, as in [`sample_until`]. Of the stop tokens, only the likeliest
+        max_new_tokens, stop_token_ids: of free beams, as in [`cebs.sampling.sample_until`]. Of the stop tokens, only the likeliest
             ends a beam.
         rows (`int`): prompts decoded side by side.
 
