@@ -106,8 +106,8 @@ def beam_search(
         renormalize (`bool`): the score counts each edge's probability among the edges out of its node, instead of among
             all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. No completion
             may be the beginning of another.
-        max_new_tokens, stop_token_ids: of free beams, as in [`cebs.sampling.sample_until`]. Of the stop tokens, only the likeliest
-            ends a beam.
+        max_new_tokens, stop_token_ids: of free beams, as in [`cebs.sampling.sample_until`]. Of the stop tokens, only
+            the likeliest ends a beam.
         rows (`int`): prompts decoded side by side.
 
     Returns:
