@@ -15,7 +15,7 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import ModelOnData
-from cebs.branches import shared_rows
+from cebs.branches import shared_rows, token_of
 from cebs.catalogue import exposure_counts, load_catalogue
 from cebs.models import load_for_inference
 from cebs.prompts import encode_completion, encode_prompt, quote, read_records
@@ -51,8 +51,8 @@ def main(args: ModelOnData) -> None:
         inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids")}
         logits = model(**inputs, logits_to_keep=len(path)).logits[0].float().cpu()  # [T, V]
         edges = children(trie, parents)  # [T, M]
-        allowed = logits.gather(1, trie.tokens[edges].long().clamp(min=0)).masked_fill(edges == 0, float("-inf"))
-        chosen = logits.gather(1, trie.tokens[path].long()[:, None])[:, 0]
+        allowed = logits.gather(1, token_of(trie, edges)).masked_fill(edges == 0, float("-inf"))
+        chosen = logits.gather(1, token_of(trie, path)[:, None])[:, 0]
         losses["model, all tokens"].append(logits.logsumexp(1) - chosen)
         losses["model, catalogue"].append(allowed.logsumexp(1) - chosen)
         losses["popularity"].append(mass[parents].log() - mass[path].log())

@@ -6,8 +6,9 @@ Training and decoding both come through here, so a model is never asked with ano
 import bisect
 import re
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,5 +236,9 @@ def line_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
 
 def tokens_with(character: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Returns the ids of all tokens with a character."""
-    texts: Iterable[str] = tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
-    return [token_id for token_id, text in enumerate(texts) if character in text]
+    return [token_id for token_id, text in enumerate(_token_texts(tokenizer)) if character in text]
+
+
+@lru_cache(maxsize=1)  # asked for newlines and for quotes
+def _token_texts(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    return tokenizer.batch_decode([[token_id] for token_id in range(len(tokenizer))])
