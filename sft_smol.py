@@ -34,13 +34,17 @@ Interrupted and started again with the same flags, it goes on from its last chec
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, get_peft_config
 
+from cebs.catalogue import CATALOGUE_FILES, load_catalogue
+from cebs.choices import CatalogueChoices
+from cebs.errors import InputError
 from cebs.memory import train_within_memory
-from cebs.prompts import read_records, say_shortened
+from cebs.prompts import Record, read_records, say_shortened
 from cebs.sources import find_model
 from cebs.training import (
     CompletionTrainer,
@@ -67,6 +71,9 @@ class ScriptArguments(TrainingScriptArguments):
             the answer. All titles but the first count. The evaluation loss is the answer's alone, whatever the weight.
         orders_per_record (`int`): orders in which each training record is learned: its own, and random ones, in which a
             title of the history may change places with the target. An epoch is that many times as long.
+        renormalize (`bool`, *optional*, defaults to `False`): the loss of a token is among those that a title of the
+            catalogue may go on with, instead of among all tokens; of tokens that the catalogue leaves no choice of
+            there is none (`cebs.choices`). For rankings; such a model is not taught to write whole titles by itself.
         adapter (`str`, *optional*): adapter to go on from; left out, a new one is trained.
     """
 
@@ -82,6 +89,12 @@ class ScriptArguments(TrainingScriptArguments):
             "help": "Orders in which each training record is learned: its own, and random ones, target included. An "
             "epoch is that many times as long."
         }
+    )
+    renormalize: bool = field(
+        default=False,
+        metadata={
+            "help": "Take the loss of a token among those that a title of the catalogue may go on with, not among all."
+        },
     )
     adapter: str = field(default="", metadata={"help": "Adapter to go on from; left out, a new one is trained."})
 
@@ -102,6 +115,12 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
     valid_file = Path(script_args.data_dir) / "valid_sample.json"
     train_records = read_records(train_file)[: script_args.max_train_samples]
     valid_records = read_records(valid_file)[: script_args.max_eval_samples]
+    inputs, titles = [train_file, valid_file], []
+    if script_args.renormalize:
+        titles = load_catalogue(script_args.data_dir).titles
+        inputs += [Path(script_args.data_dir) / name for name in CATALOGUE_FILES]
+        say_left_out(train_file, train_records, titles)
+        say_left_out(valid_file, valid_records, titles)
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
@@ -113,13 +132,14 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         model_args,
         model_dir,
         adapter=script_args.adapter,
-        inputs=[train_file, valid_file],
+        inputs=inputs,
     ) as run:
         if run.done:
             return
 
         # -- Data and model -------------------------------------------------------------------------------------------
         tokenizer, limit = load_tokenizer(model_dir), token_limit(model_dir, training_args.max_length)
+        choices = CatalogueChoices(tokenizer, titles) if script_args.renormalize else None
         numbered = in_other_orders(train_records, script_args.orders_per_record, training_args.seed)
         train_dataset, train_shortened = tokenize_records(
             tokenizer,
@@ -127,9 +147,10 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
             limit,
             label_history=script_args.history_loss_weight > 0,
             numbers=[number for number, _ in numbered],
+            choices=choices,
         )
         valid_dataset, valid_shortened = tokenize_records(
-            tokenizer, [(record.prompt, record.output) for record in valid_records], limit
+            tokenizer, [(record.prompt, record.output) for record in valid_records], limit, choices=choices
         )
         say_shortened(train_shortened + valid_shortened, limit)
         run.counts.update(
@@ -142,6 +163,7 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         def train(args: SFTArguments) -> None:
             trainer = CompletionTrainer(
                 history_loss_weight=script_args.history_loss_weight,
+                choices=choices,
                 model=load_trainable(model_dir, model_args, script_args.adapter),
                 args=args,
                 train_dataset=train_dataset,
@@ -153,6 +175,22 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
             train_and_save(trainer, run, model_dir)
 
         train_within_memory(train, training_args, run)
+
+
+def say_left_out(file: Path, records: Sequence[Record], titles: Sequence[str]) -> None:
+    """Says how many records have no loss, since their targets are not in the catalogue; TRL drops them.
+
+    Raises:
+        `InputError`: if none is left.
+    """
+    known = set(titles)
+    outside = [record.target for record in records if record.target not in known]
+    if len(outside) == len(records):
+        raise InputError(f"{file}: no target is in the catalogue beside it; leave out --renormalize")
+    if outside:
+        print(
+            f"note: {file}: left out {len(outside)} records whose targets are not in the catalogue, as {outside[0]!r}"
+        )
 
 
 def make_parser() -> ScriptParser:

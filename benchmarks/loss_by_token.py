@@ -15,12 +15,12 @@ from trl import TrlParser
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import ModelOnData
-from cebs.branches import shared_rows, token_of
+from cebs.branches import edge_logits, shared_rows, token_of
 from cebs.catalogue import exposure_counts, load_catalogue
 from cebs.models import load_for_inference
 from cebs.prompts import encode_completion, encode_prompt, quote, read_records
 from cebs.sources import find_model
-from cebs.trie import build_trie, children, title_paths
+from cebs.trie import build_trie, title_paths
 from utils import load_tokenizer, run_script
 
 FIRST = 6  # tokens that are shown: the quote, and five of the title
@@ -50,8 +50,7 @@ def main(args: ModelOnData) -> None:
         rows = shared_rows([prompt], [[trie.tokens[path].tolist()]], 0, model.dtype)
         inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids")}
         logits = model(**inputs, logits_to_keep=len(path)).logits[0].float().cpu()  # [T, V]
-        edges = children(trie, parents)  # [T, M]
-        allowed = logits.gather(1, token_of(trie, edges)).masked_fill(edges == 0, float("-inf"))
+        allowed, _ = edge_logits(trie, logits, parents)  # [T, M]
         chosen = logits.gather(1, token_of(trie, path)[:, None])[:, 0]
         losses["model, all tokens"].append(logits.logsumexp(1) - chosen)
         losses["model, catalogue"].append(allowed.logsumexp(1) - chosen)

@@ -375,17 +375,22 @@ def log_normalizer(logits: Tensor) -> Tensor:
     return torch.cat([part.float().logsumexp(-1, keepdim=True) for part in logits.split(LOGITS_AT_ONCE)])
 
 
-def edge_log_probs(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+def edge_logits(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
     """
-    Log-probabilities of the edges out of each of N nodes, under the whole vocabulary.
+    Logits of the edges out of each of N nodes.
 
     Args:
         logits (`Tensor`, `[N, V]`): after the branches that stand at `node` `[N]`.
 
     Returns:
-        `tuple[Tensor, Tensor]`, `[N, M]`, M the most edges of a node: log-probs (float32; -inf where a node has fewer
+        `tuple[Tensor, Tensor]`, `[N, M]`, M the most edges of a node: logits (float32; -inf where a node has fewer
         edges) and the nodes that the edges lead to (0 there).
     """
     child = children(trie, node)
-    log_probs = logits.gather(1, token_of(trie, child)).float() - log_normalizer(logits)
-    return log_probs.masked_fill_(child == 0, float("-inf")), child
+    return logits.gather(1, token_of(trie, child)).float().masked_fill(child == 0, float("-inf")), child
+
+
+def edge_log_probs(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the edges out of each node under the whole vocabulary; the rest as in [`edge_logits`]."""
+    found, child = edge_logits(trie, logits, node)
+    return found - log_normalizer(logits), child

@@ -202,8 +202,8 @@ def say_shortened(shortened: int, limit: int) -> None:
         print(f"note: {shortened} prompts lost their oldest titles to fit in {limit} tokens with their answers")
 
 
-def title_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[range]:
-    """Returns where the titles of the history stand among the tokens of a prompt, oldest first.
+def title_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[tuple[str, range]]:
+    """Returns the titles of the history and where each stands among the tokens of a prompt, oldest first.
 
     A title's tokens are those that hold any part of it or of its quotes; the first and the last of them may hold the
     space or the comma beside it as well.
@@ -219,7 +219,7 @@ def title_tokens(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[rang
             for index, (start, end) in enumerate(encoded.offset_mapping)
             if start < title.end() and end > title.start()
         ]
-        spans.append(range(inside[0], inside[-1] + 1))
+        spans.append((title[1], range(inside[0], inside[-1] + 1)))
     return spans
 
 

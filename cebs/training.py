@@ -25,6 +25,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTTrainer, get_quantization_config
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from cebs.choices import CatalogueChoices
 from cebs.commands import check_counts
 from cebs.errors import InputError
 from cebs.files import read_json, write_json
@@ -126,27 +127,30 @@ def stopping_callbacks(loss_threshold: float | None, patience: int | None) -> li
 
 
 class CompletionCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, with the labels of the history beside those of the answer.
+    """TRL's collator, with the labels of the history and the catalogue's edges beside the labels of the answer.
 
     ```python
+    >>> none = -100
     >>> rows = [
-    ...     {"record": 0, "input_ids": [1, 2, 3], "labels": [-100, -100, 3], "history_labels": [-100, 2, -100]},
-    ...     {"record": 1, "input_ids": [4, 5], "labels": [-100, 5], "history_labels": [-100, -100]},
+    ...     {"record": 0, "input_ids": [1, 2, 3], "labels": [none, none, 3], "history_labels": [none, 2, none]},
+    ...     {"record": 1, "input_ids": [4, 5], "labels": [none, 5], "history_labels": [none, none]},
     ... ]
-    >>> CompletionCollator(pad_token_id=0)(rows)
+    >>> CompletionCollator(pad_token_id=0)([row | {"edges": [0] * len(row["labels"])} for row in rows])
     {'input_ids': tensor([[1, 2, 3], [4, 5, 0]]),
      'labels': tensor([[-100, -100, 3], [-100, 5, -100]]),
      'attention_mask': tensor([[1, 1, 1], [1, 1, 0]]),
      'history_labels': tensor([[-100, 2, -100], [-100, -100, -100]]),
+     'edges': tensor([[0, 0, 0], [0, 0, 0]]),
      'record': tensor([0, 1])}
     ```
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().torch_call(examples)
-        batch["history_labels"] = torch.full_like(batch["labels"], -100)
-        for row, example in zip(batch["history_labels"], examples, strict=True):
-            row[: len(example["history_labels"])] = torch.tensor(example["history_labels"])
+        for name, padding in (("history_labels", -100), ("edges", 0)):
+            batch[name] = torch.full_like(batch["labels"], padding)
+            for row, example in zip(batch[name], examples, strict=True):
+                row[: len(example[name])] = torch.tensor(example[name])
         batch[RECORD] = torch.tensor([example[RECORD] for example in examples])
         return batch
 
@@ -162,16 +166,18 @@ class CompletionTrainer(FiniteLossMixin, SFTTrainer):
 
     Args:
         history_loss_weight (`float`): weight of a token of the history.
+        choices (`CatalogueChoices`, *optional*): takes each token's loss among the tokens that the catalogue goes on
+            with; the rows have labels at its choices only. Left out, the loss is among all tokens.
         kwargs: `SFTTrainer`'s own arguments.
     """
 
-    def __init__(self, *, history_loss_weight: float, **kwargs: Any):
+    def __init__(self, *, history_loss_weight: float, choices: CatalogueChoices | None = None, **kwargs: Any):
         super().__init__(**kwargs)
-        self.history_loss_weight = history_loss_weight
+        self.history_loss_weight, self.choices = history_loss_weight, choices
         self.data_collator = CompletionCollator(**vars(self.data_collator))
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [RECORD, "input_ids", "labels", "history_labels"]
+        self._signature_columns = [RECORD, "input_ids", "labels", "history_labels", "edges"]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, torch.Tensor]], num_batches: int, device: torch.device
@@ -200,9 +206,16 @@ class CompletionTrainer(FiniteLossMixin, SFTTrainer):
             use_cache=False,
         )
         answer, history = answer[:, columns].flatten(), history[:, columns].flatten()  # [B * C] each
-        log_probs = outputs.logits.flatten(0, 1).float().log_softmax(dim=-1)  # [B * C, V]
-        loss = F.nll_loss(log_probs, answer, reduction="sum")
-        loss = loss + self.history_loss_weight * F.nll_loss(log_probs, history, reduction="sum")
+        logits = outputs.logits.flatten(0, 1)  # [B * C, V]
+        if self.choices is None:
+            log_probs = logits.float().log_softmax(dim=-1)
+            loss = F.nll_loss(log_probs, answer, reduction="sum")
+            loss = loss + self.history_loss_weight * F.nll_loss(log_probs, history, reduction="sum")
+        else:
+            edges = inputs["edges"][:, 1:][:, columns].flatten()
+            weights = (answer != -100) + self.history_loss_weight * (history != -100)
+            chosen = edges.nonzero().squeeze(1)
+            loss = weights[chosen] @ self.choices.losses(logits[chosen], edges[chosen])
         if num_items_in_batch is None:
             loss = loss / ((answer != -100).sum() + self.history_loss_weight * (history != -100).sum())
         else:
@@ -231,6 +244,7 @@ def tokenize_records(
     max_length: int | None,
     label_history: bool = False,
     numbers: Sequence[int] | None = None,
+    choices: CatalogueChoices | None = None,
 ) -> tuple[Dataset, int]:
     """Tokenises (prompt, completion) pairs apart and joins them.
 
@@ -240,10 +254,12 @@ def tokenize_records(
         max_length: how many tokens a row may have; `None` is no limit.
         label_history: whether the titles of the history have labels too, all but the first, which nothing foretells.
         numbers: the number of each pair's record in its file; left out, the pairs are the file's records.
+        choices: leaves labels only where the catalogue leaves a choice; completions are titles of it.
 
     Returns:
-        `tuple[Dataset, int]`: rows of `input_ids`, `labels` (the completion; -100 elsewhere) and `history_labels` (the
-        titles of the history; -100 elsewhere), and how many prompts lost their oldest titles to fit in `max_length`.
+        `tuple[Dataset, int]`: rows of `input_ids`, `labels` (the completion; -100 elsewhere), `history_labels` (the
+        titles of the history; -100 elsewhere) and `edges` (of the catalogue's choices; 0 elsewhere), and how many
+        prompts lost their oldest titles to fit in `max_length`.
     """
     rows, shortened = [], 0
     for number, (prompt, completion) in zip(numbers or range(len(pairs)), pairs, strict=True):
@@ -252,17 +268,18 @@ def tokenize_records(
         prompt_ids = tokenizer(prompt).input_ids
         shortened += dropped > 0
         input_ids = prompt_ids + completion_ids
-        history_labels = [-100] * len(input_ids)
-        for span in title_tokens(tokenizer, prompt)[1:] if label_history else ():
-            history_labels[span.start : span.stop] = input_ids[span.start : span.stop]
-        rows.append(
-            {
-                RECORD: number,
-                "input_ids": input_ids,
-                "labels": [-100] * len(prompt_ids) + completion_ids,
-                "history_labels": history_labels,
-            }
-        )
+        answer = (completion.strip()[1:-1], range(len(prompt_ids), len(input_ids)))
+        history = title_tokens(tokenizer, prompt)[1:] if label_history else []
+        row = {RECORD: number, "input_ids": input_ids, "edges": [0] * len(input_ids)}
+        for name, titles in (("labels", [answer]), ("history_labels", history)):
+            row[name] = [-100] * len(input_ids)
+            for title, span in titles:
+                place = slice(span.start, span.stop)
+                row[name][place] = input_ids[place]
+                if choices is not None:
+                    row["edges"][place] = edges = choices.edges(title, input_ids[place])
+                    row[name][place] = np.where(edges, input_ids[place], -100).tolist()
+        rows.append(row)
     return Dataset.from_list(rows), shortened
 
 

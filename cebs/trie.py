@@ -101,16 +101,19 @@ def children(trie: TokenTrie, nodes: Tensor) -> Tensor:
     return child.masked_fill_(child >= end[:, None], 0)
 
 
+def parents(trie: TokenTrie) -> Tensor:
+    """Returns the node above each node: int64 `[num_nodes]`, 0 for the root too."""
+    above = torch.repeat_interleave(trie.offsets.diff().long())
+    return torch.cat([above.new_zeros(1), above])
+
+
 def title_paths(trie: TokenTrie) -> list[Tensor]:
     """Returns the nodes on the way to each title, in title order: int64 `[length]` each, without the root."""
-    parents = torch.cat(
-        [torch.zeros(1, dtype=torch.long), torch.repeat_interleave(trie.offsets.diff().long())]
-    ).tolist()
-    paths = {}
+    above, paths = parents(trie).tolist(), {}
     for end in (trie.titles >= 0).nonzero()[:, 0].tolist():
         path = [end]
-        while parents[path[-1]]:
-            path.append(parents[path[-1]])
+        while above[path[-1]]:
+            path.append(above[path[-1]])
         paths[int(trie.titles[end])] = torch.tensor(path[::-1])
     return [paths[title] for title in range(len(paths))]
 

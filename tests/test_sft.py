@@ -1,7 +1,9 @@
 """Supervised fine-tuning: which tokens have a label, what they weigh, and that the weight changes nothing else."""
 
+import shutil
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,12 +15,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
+from cebs.catalogue import load_catalogue
+from cebs.choices import CatalogueChoices
+from cebs.errors import InputError
 from cebs.files import PROJECT
 from cebs.models import load_model
 from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, read_records, title_tokens
 from cebs.training import CompletionTrainer, in_other_orders, tokenize_records
 from sft_smol import SFTArguments
-from utils import load_tokenizer, read_json
+from utils import load_tokenizer, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,13 +48,13 @@ def test_title_tokens_are_the_titles_and_their_quotes(tokenizer, instruction, hi
     prompt = history_prompt(instruction, history, separator)
     ids = tokenizer(prompt).input_ids
     spans = title_tokens(tokenizer, prompt)
-    assert len(spans) == len(history)
-    for span, title in zip(spans, history, strict=True):
+    assert [title for title, _ in spans] == history
+    for title, span in spans:
         pieces = [tokenizer.decode(ids[index]) for index in span]
         assert quote(title) in tokenizer.decode(ids[span.start : span.stop])
         # no token more: the first and the last hold a quote
         assert '"' in pieces[0] and '"' in pieces[-1]
-    assert all(one.start < two.start and one.stop <= two.start + 1 for one, two in zip(spans, spans[1:], strict=False))
+    assert all(one.start < two.start and one.stop <= two.start + 1 for (_, one), (_, two) in pairwise(spans))
 
 
 def test_a_blank_input_has_no_titles(tokenizer):
@@ -87,12 +92,12 @@ def pairs(data_dir):
     return [(record.prompt, record.output) for record in read_records(data_dir / "train_sample.json")]
 
 
-def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, **arguments):
+def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, choices=None, **arguments):
     """A trainer on the tiny model with an adapter whose second half is not zero, without dropout."""
     tokenizer = load_tokenizer(tiny_model)
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    dataset, _ = tokenize_records(tokenizer, pairs, 1024, label_history=weight > 0)
+    dataset, _ = tokenize_records(tokenizer, pairs, 1024, label_history=weight > 0, choices=choices)
     return trainer(
         model=get_peft_model(load_model(tiny_model), config),
         args=SFTArguments(
@@ -107,13 +112,25 @@ def make_trainer(tiny_model, folder, pairs, weight, trainer=CompletionTrainer, *
         train_dataset=dataset,
         eval_dataset=dataset,
         processing_class=tokenizer,
-        **({"history_loss_weight": weight} if trainer is CompletionTrainer else {}),
+        **({"history_loss_weight": weight, "choices": choices} if trainer is CompletionTrainer else {}),
     )
 
 
-def test_the_loss_is_the_weighted_mean_over_tokens(tiny_model, tmp_path, pairs):
+@pytest.fixture(scope="module")
+def choices(tiny_model, data_dir):
+    return CatalogueChoices(load_tokenizer(tiny_model), load_catalogue(data_dir).titles)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_the_loss_is_the_weighted_mean_over_tokens(tiny_model, tmp_path, pairs, choices, renormalize):
     """Against all logits, token by token; and a training step divides by the same sum of weights."""
-    trainer = make_trainer(tiny_model, tmp_path, pairs[:3], weight=0.3, per_device_train_batch_size=3, max_steps=1)
+    trainer = make_trainer(
+        *(tiny_model, tmp_path, pairs[:3]),
+        weight=0.3,
+        choices=choices if renormalize else None,
+        per_device_train_batch_size=3,
+        max_steps=1,
+    )
     rows = list(trainer.train_dataset)
     batch = trainer.data_collator(rows)
     loss, weights = 0.0, 0.0
@@ -124,7 +141,12 @@ def test_the_loss_is_the_weighted_mean_over_tokens(tiny_model, tmp_path, pairs):
             for place, token in enumerate(row["input_ids"]):
                 weight = (row["labels"][place] != -100) + 0.3 * (row["history_labels"][place] != -100)
                 if weight:
-                    loss, weights = loss - weight * log_probs[place - 1, token].item(), weights + weight
+                    ways = slice(None)
+                    if renormalize:
+                        node = choices.parents[row["edges"][place]]
+                        ways = choices.trie.tokens[choices.trie.offsets[node] : choices.trie.offsets[node + 1]].long()
+                    of_token = log_probs[place - 1, token] - log_probs[place - 1, ways].logsumexp(0)
+                    loss, weights = loss - weight * of_token.item(), weights + weight
     assert ours.item() == pytest.approx(loss / weights, rel=1e-5)
     assert any(label != -100 for row in rows for label in row["history_labels"])
     trainer.train()
@@ -184,14 +206,14 @@ def test_weight_0_is_the_loss_on_the_answer_to_the_last_bit(tiny_model, tmp_path
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
-@pytest.mark.parametrize("weight", [0.3, 1.0])
-def test_accumulated_batches_equal_one_batch(tiny_model, tmp_path, pairs, weight):
+@pytest.mark.parametrize(("weight", "renormalize"), [(0.3, False), (1.0, False), (0.3, True)])
+def test_accumulated_batches_equal_one_batch(tiny_model, tmp_path, pairs, choices, weight, renormalize):
     """Batches of unequal lengths: a mean of means would differ."""
     runs = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         arguments = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
-        folder = tmp_path / str(batch)
-        trainer = make_trainer(tiny_model, folder, pairs, weight, **arguments, **SGD, learning_rate=0.1, max_steps=3)
+        arguments |= SGD | {"learning_rate": 0.1, "max_steps": 3, "choices": choices if renormalize else None}
+        trainer = make_trainer(tiny_model, tmp_path / str(batch), pairs, weight, **arguments)
         trainer.train()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         runs.append((losses, [value.clone() for value in trainer.model.parameters() if value.requires_grad]))
@@ -276,3 +298,26 @@ def test_records_in_other_orders(tiny_model, data_dir, tmp_path):
         return read_json(tmp_path / orders / "run.json")["counts"]
 
     assert (train("1")["steps"], train("3")["steps"]) == (2, 6)
+
+
+def test_renormalized_loss(tiny_model, data_dir, tmp_path, capsys):
+    """A record whose target is not in the catalogue has no loss; the loss that is reported is a title's share."""
+    shutil.copytree(data_dir, tmp_path / "data")
+    records = read_json(tmp_path / "data/train_sample.json")[:3]
+    records[1]["output"] = '"In no catalogue"\n'
+    write_json(tmp_path / "data/train_sample.json", records)
+
+    def train(name, *more):
+        arguments = ("--data_dir", tmp_path / "data", "--model_name_or_path", tiny_model, "--num_train_epochs", "1")
+        batches = ("--per_device_train_batch_size", "1", "--learning_rate", "0.01", "--history_loss_weight", "1")
+        run_main("sft_smol", *arguments, *batches, *more, "--output_dir", tmp_path / name)
+        return read_json(tmp_path / name / "run.json")["counts"]
+
+    plain, shares = train("plain"), train("shares", "--renormalize")
+    assert (plain["steps"], shares["steps"]) == (3, 2)
+    assert "left out 1 records whose targets are not in the catalogue, as 'In no catalogue'" in capsys.readouterr().out
+    assert shares["eval_loss"] != plain["eval_loss"]
+
+    write_json(tmp_path / "data/train_sample.json", [records[1]])
+    with pytest.raises(InputError, match="no target is in the catalogue"):
+        train("none", "--renormalize")

@@ -1,0 +1,72 @@
+"""The loss of a title among the titles of a catalogue: only the tokens that are a choice between titles count.
+
+The catalogue's token trie is a hierarchical softmax over its titles (Morin and Bengio, 2005, AISTATS): over the nodes
+on the way to a title,
+
+    log p(title | history) = sum of log softmax(logits of the edges out of the node)[the edge taken].
+
+A node with one edge adds nothing, so what the catalogue settles, most tokens of a title, has no part in the loss. It is
+what beams score titles by with `--renormalize` (`cebs.beams`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cebs.branches import edge_logits
+from cebs.prompts import encode_completion, quote
+from cebs.trie import build_trie, parents, title_paths
+
+
+class CatalogueChoices:
+    """The choices that a catalogue leaves: which tokens of a text they are, and what they cost.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer.
+        titles (sequence of `str`): the catalogue.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str]):
+        self.trie = build_trie([encode_completion(tokenizer, quote(title)) for title in titles])
+        self.parents = parents(self.trie)
+        self.paths = dict(zip(titles, title_paths(self.trie), strict=True))
+        self.is_choice = (self.trie.offsets.diff() > 1)[self.parents]  # [num_nodes], of the edge to each node
+        self.is_choice[0] = False
+
+    def __contains__(self, title: str) -> bool:
+        return title in self.paths
+
+    def edges(self, title: str, token_ids: Sequence[int]) -> list[int]:
+        """Returns the edge that each token of a title takes, as the number of the node below; 0 where it is no choice.
+
+        In a history the first token may hold the space before the title, and the last one a comma behind it. Such
+        tokens are no edges of the trie, and 0. So are all tokens of a title that is not in the catalogue.
+
+        Args:
+            title: the title.
+            token_ids: its tokens with those of its quotes, in an answer or in a history.
+        """
+        edges = [0] * len(token_ids)
+        path = self.paths.get(title, torch.empty(0, dtype=torch.long))
+        way = zip(path.tolist(), self.trie.tokens[path].tolist(), self.is_choice[path].tolist(), strict=True)
+        for place, (token_id, (edge, token, is_choice)) in enumerate(zip(token_ids, way, strict=False)):
+            if token_id == token:
+                edges[place] = edge if is_choice else 0
+            elif place:
+                break
+        return edges
+
+    def losses(self, logits: Tensor, edges: Tensor) -> Tensor:
+        """Returns what N choices cost, `[N]`, in nats; differentiable.
+
+        Args:
+            logits (`Tensor`, `[N, V]`): before each choice.
+            edges (`Tensor` of int64, `[N]`): the edge that is taken, not 0.
+        """
+        trie, nodes = self.trie.to(logits.device), self.parents.to(logits.device)[edges]
+        found, _ = edge_logits(trie, logits, nodes)  # [N, M]
+        taken = edges - trie.offsets[nodes]  # [N]: the children of a node are numbered in a row
+        return F.cross_entropy(found, taken.long(), reduction="none")
