@@ -57,7 +57,7 @@ from cebs.ratings import (
     take_in_turns,
     write_data_folder,
 )
-from cebs.series import series_first
+from cebs.series import series_first, series_of
 from cebs.sources import find_encoder, find_model, find_movielens
 from utils import InputError, RunArguments, ScriptParser, record_seed, run_folder, run_script
 
@@ -289,6 +289,10 @@ def count(prepared: Prepared) -> dict[str, Any]:
         "titles_seen_in_train": len(seen & set(prepared.catalogue.titles)),
         "test_targets_seen_in_train": sum(record.target in seen for record in test) / len(test),
         "test_targets_that_are_train_targets": sum(record.target in targets for record in test) / len(test),
+        "test_targets_in_a_series_of_the_history": sum(
+            not series_of([record.target]).isdisjoint(series_of(record.history)) for record in test
+        )
+        / len(test),
         **prepared.facts,
     }
 
@@ -314,6 +318,9 @@ def print_summary(folder: Path, counts: dict[str, Any]) -> None:
         f"  {counts['test_targets_seen_in_train']:.1%} of the test targets occur in training"
         f" ({counts['test_targets_that_are_train_targets']:.1%} as a target)"
     )
+    share = counts.get("test_targets_in_a_series_of_the_history")
+    if share is not None:  # else the folder was made before this was counted
+        print(f"  {share:.1%} of the test targets are of a series that the history holds")
 
 
 def main(script_args: PrepareArguments) -> None:

@@ -5,6 +5,7 @@ model has to know which words begin the next volume; in the second it can copy t
 """
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 SERIES_BEHIND = re.compile(r"(?P<words>.*\S)(?P<space>\s*)\((?P<series>[^()]*#[^()]*)\)")
@@ -33,6 +34,11 @@ def volumes(title: str) -> list[Volume]:
     parts = found["series"].split(";") if found else []
     matches = [match for part in parts if (match := VOLUME.match(part.strip()))]
     return [Volume(match["name"], float(match["number"] or 0)) for match in matches]
+
+
+def series_of(titles: Iterable[str]) -> set[str]:
+    """Returns the series that titles belong to."""
+    return {volume.series for title in titles for volume in volumes(title)}
 
 
 def series_first(title: str) -> str:

@@ -280,7 +280,10 @@ def series_folder(tmp_path):
     """A data folder whose titles are in series; one target is not in the catalogue."""
     genres = {title: ["a", "b"][:place] for place, title in enumerate(SERIES)}
     catalogue = Catalogue(list(SERIES), genres, ["a", "b"])
-    records = [make_record(list(SERIES)[:2], "Emma", MOVIES, "u1"), make_record(["Emma"], "Out (S, #9)", MOVIES)]
+    records = [
+        make_record(list(SERIES)[:2], "Emma", MOVIES, "u1"),
+        make_record(["Two (S, #2; T #7)"], "Out (S, #9)", MOVIES),
+    ]
     write_data_folder(tmp_path / "books", dict.fromkeys(SPLITS, records), catalogue)
     return tmp_path / "books"
 
@@ -288,7 +291,9 @@ def series_folder(tmp_path):
 def test_series_first(series_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run("--dataset", "folder", "--source", "books", "--series_first")
-    assert "2 titles with their series in front" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 titles with their series in front" in said
+    assert "50.0% of the test targets are of a series that the history holds" in said
     old, new = series_folder, tmp_path / "sampled_data/books_series"
     spelt = SERIES | {"Out (S, #9)": "S, #9: Out"}
     for split in SPLITS:
