@@ -1,10 +1,14 @@
 """Series in titles: what is read out of them, their two spellings, and what comes next in a series."""
 
 import pytest
+from conftest import run_main
 from hypothesis import given
 from hypothesis import strategies as st
+from toy_catalogue import make_record
 
 from cebs.baselines import next_in_series, title_ids
+from cebs.catalogue import Catalogue
+from cebs.ratings import SPLITS, write_data_folder
 from cebs.series import Volume, series_first, volumes
 
 words = st.text("ab 'é:,()1", min_size=1, max_size=8).map(str.strip).filter(bool)
@@ -70,3 +74,21 @@ def test_next_in_series(history, ranked):
     assert [CATALOGUE[index] for index in order if scores[index]] == [BY_WORDS[words] for words in ranked]
     (of_other_spelling,) = next_in_series(list(map(series_first, CATALOGUE)))([read], 0)
     assert (of_other_spelling == scores).all()
+
+
+def test_accuracy_by_series(run_script, tmp_path):
+    """One record of two is answered by the next volume; the baseline finds it, and not the other."""
+    records = [make_record(["B1 (B, #1)"], "B2 (B, #2)"), make_record(["A1 (A #1)"], "X")]
+    catalogue = Catalogue(CATALOGUE, {title: ["a"] for title in CATALOGUE}, ["a"])
+    write_data_folder(tmp_path / "data", dict.fromkeys(SPLITS, records), catalogue)
+    table = ("--results_csv", tmp_path / "results.csv", "--data_dir", tmp_path / "data")
+    out = tmp_path / "out"
+    run_main("predict_baselines", "--method", "next_in_series", "--data_dir", tmp_path / "data", "--output_dir", out)
+    run_main("evaluate", "--predictions", out / "predictions", *table, "--method", "Series", "--topk", "1", "5")
+
+    result = run_script("benchmarks/accuracy_by_series.py", *table, "--topk", "1")
+    assert result.code == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split() == ["Series", *"1 of 1 1.0000 1.0000 0 of 1 0.0000 0.0000".split()]
+    assert "has no figures at 3" in run_script("benchmarks/accuracy_by_series.py", *table, "--topk", "3").stderr
+    write_data_folder(tmp_path / "data", dict.fromkeys(SPLITS, records[:1]), catalogue)
+    assert "1 of 1 targets" in run_script("benchmarks/accuracy_by_series.py", *table).stderr
