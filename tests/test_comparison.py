@@ -59,7 +59,7 @@ def test_every_file_that_a_stage_reads_is_the_result_of_a_stage_before_it(descri
             assert flags.get(flag, "") == "" or flags[flag] in results, (stage.name, flag)
 
 
-@pytest.mark.parametrize("name", ["comparison", "recipe"])
+@pytest.mark.parametrize("name", ["comparison", "recipe", "recipe_negatives"])
 def test_the_commands_are_what_the_scripts_take(name):
     """Each command of the whole graph goes through the parser of its script."""
     import importlib
@@ -128,7 +128,7 @@ def test_a_fused_row_needs_the_predictions_of_its_parts_and_shares_them():
 
 def test_one_model_can_be_judged_by_two_protocols():
     """A row with the model of another predicts by its own flags, and trains nothing."""
-    description = read_description(PROJECT / "configs/recipe.yaml")
+    description = read_description(PROJECT / "configs/recipe_negatives.yaml")
     alone = make_plan(description, "ClusterIn").stages
     both = make_plan(description, "ClusterIn", "ClusterIn, grounded").stages
     assert set(both) - set(alone) == {"clusterin_grounded/predict", "clusterin_grounded/evaluate"}
