@@ -57,7 +57,7 @@ from cebs.ratings import (
     take_in_turns,
     write_data_folder,
 )
-from cebs.series import series_first, series_of
+from cebs.series import continues_series, series_first
 from cebs.sources import find_encoder, find_model, find_movielens
 from utils import InputError, RunArguments, ScriptParser, record_seed, run_folder, run_script
 
@@ -289,10 +289,7 @@ def count(prepared: Prepared) -> dict[str, Any]:
         "titles_seen_in_train": len(seen & set(prepared.catalogue.titles)),
         "test_targets_seen_in_train": sum(record.target in seen for record in test) / len(test),
         "test_targets_that_are_train_targets": sum(record.target in targets for record in test) / len(test),
-        "test_targets_in_a_series_of_the_history": sum(
-            not series_of([record.target]).isdisjoint(series_of(record.history)) for record in test
-        )
-        / len(test),
+        "test_targets_in_a_series_of_the_history": sum(map(continues_series, test)) / len(test),
         **prepared.facts,
     }
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cebs.per_user import find_per_user, mean_over_seeds
 from cebs.prompts import read_records
 from cebs.results import read_results
-from cebs.series import series_of
+from cebs.series import continues_series
 from utils import InputError, run_script
 
 
@@ -30,18 +30,19 @@ class Arguments:
 def main(args: Arguments) -> None:
     data_dir, table = Path(args.data_dir), read_results(Path(args.results_csv))
     records = read_records(data_dir / "test_sample.json")
-    in_series = np.array([not series_of([record.target]).isdisjoint(series_of(record.history)) for record in records])
+    in_series = np.array([continues_series(record) for record in records])
     if not in_series.any() or in_series.all():
         raise InputError(f"{data_dir}: {in_series.sum()} of {len(records)} targets are of a series of their history")
-    width = max(len(table.name(row, "Model")) for row in table.rows)
+    found = {}
+    for row in table.rows:
+        if contents := find_per_user(args.results_csv, table.name(row, "Dataset"), table.name(row, "Model")):
+            found[table.name(row, "Model")] = mean_over_seeds(contents)["users"]
+    if not found:
+        raise InputError(f"{args.results_csv}: has no files per user beside it; evaluate.py writes them")
+    width = max(map(len, found))
     print(f"{'':{width}}  {'in a series of the history':27}  others")
     print(f"{'method':{width}}" + f"  {'hits':>11}    HR@{args.topk}  NDCG@{args.topk}" * 2)
-    for row in table.rows:
-        dataset, method = table.name(row, "Dataset"), table.name(row, "Model")
-        contents = find_per_user(args.results_csv, dataset, method)
-        if not contents:
-            continue
-        users = mean_over_seeds(contents)["users"]
+    for method, users in found.items():
         if any(user["target"] != record.target for user, record in zip(users, records, strict=False)):
             raise InputError(f"{args.results_csv}: {method}: its records are not those of {data_dir}; give another one")
         if str(args.topk) not in users[0]["hit"]:

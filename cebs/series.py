@@ -5,8 +5,9 @@ model has to know which words begin the next volume; in the second it can copy t
 """
 
 import re
-from collections.abc import Iterable
 from typing import NamedTuple
+
+from cebs.prompts import Record
 
 SERIES_BEHIND = re.compile(r"(?P<words>.*\S)(?P<space>\s*)\((?P<series>[^()]*#[^()]*)\)")
 SERIES_FIRST = re.compile(r"(?P<series>[^()]*#[^():]*):(?P<space>\s*)(?P<words>.*)")
@@ -36,9 +37,10 @@ def volumes(title: str) -> list[Volume]:
     return [Volume(match["name"], float(match["number"] or 0)) for match in matches]
 
 
-def series_of(titles: Iterable[str]) -> set[str]:
-    """Returns the series that titles belong to."""
-    return {volume.series for title in titles for volume in volumes(title)}
+def continues_series(record: Record) -> bool:
+    """Says whether the target is of a series that the history holds."""
+    read = {volume.series for title in record.history for volume in volumes(title)}
+    return any(volume.series in read for volume in volumes(record.target))
 
 
 def series_first(title: str) -> str:

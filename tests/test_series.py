@@ -1,5 +1,7 @@
 """Series in titles: what is read out of them, their two spellings, and what comes next in a series."""
 
+import shutil
+
 import pytest
 from conftest import run_main
 from hypothesis import given
@@ -92,3 +94,8 @@ def test_accuracy_by_series(run_script, tmp_path):
     assert "has no figures at 3" in run_script("benchmarks/accuracy_by_series.py", *table, "--topk", "3").stderr
     write_data_folder(tmp_path / "data", dict.fromkeys(SPLITS, records[:1]), catalogue)
     assert "1 of 1 targets" in run_script("benchmarks/accuracy_by_series.py", *table).stderr
+    (tmp_path / "bare").mkdir()
+    bare = shutil.copy(tmp_path / "results.csv", tmp_path / "bare")
+    write_data_folder(tmp_path / "data", dict.fromkeys(SPLITS, records), catalogue)
+    table = ("--results_csv", bare, "--data_dir", tmp_path / "data")
+    assert "has no files per user" in run_script("benchmarks/accuracy_by_series.py", *table).stderr
