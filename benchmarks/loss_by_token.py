@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.common import ModelOnData
 from cebs.branches import edge_logits, shared_rows, token_of
 from cebs.catalogue import exposure_counts, load_catalogue
+from cebs.choices import CatalogueChoices
 from cebs.models import load_for_inference
-from cebs.prompts import encode_completion, encode_prompt, quote, read_records
+from cebs.prompts import encode_prompt, read_records
 from cebs.sources import find_model
-from cebs.trie import build_trie, title_paths
 from utils import load_tokenizer, run_script
 
 FIRST = 6  # tokens that are shown: the quote, and five of the title
@@ -31,9 +31,8 @@ UNSEEN = 0.3  # exposure of a title that no training record has, on top of every
 def main(args: ModelOnData) -> None:
     data_dir, model_dir = Path(args.data_dir), find_model(args.model_name_or_path)
     tokenizer, model = load_tokenizer(model_dir), load_for_inference(model_dir, args)
-    titles = list(load_catalogue(data_dir).titles)
-    trie = build_trie([encode_completion(tokenizer, quote(title)) for title in titles])
-    paths = dict(zip(titles, title_paths(trie), strict=True))
+    choices = CatalogueChoices(tokenizer, load_catalogue(data_dir).titles)
+    trie, paths = choices.trie, choices.paths
 
     exposure = exposure_counts(read_records(data_dir / "train_sample.json"))
     mass = torch.zeros(len(trie.tokens), dtype=torch.float64)  # of all titles below a node
@@ -45,7 +44,7 @@ def main(args: ModelOnData) -> None:
     records = [record for record in read_records(data_dir / "valid_sample.json") if record.target in paths]
     for record in tqdm(records, desc="loss", unit=" records", mininterval=1):
         path = paths[record.target]
-        parents = torch.cat([torch.zeros(1, dtype=torch.long), path[:-1]])
+        parents = choices.parents[path]
         prompt, _ = encode_prompt(tokenizer, record.prompt, 1024)
         rows = shared_rows([prompt], [[trie.tokens[path].tolist()]], 0, model.dtype)
         inputs = {name: rows[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids")}
