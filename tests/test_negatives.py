@@ -157,7 +157,10 @@ def test_one_title_is_a_text_and_several_are_a_list():
     assert preference_record(record, ["T3", "T4"])["rejected"] == ['"T3"', '"T4"']
 
 
-@given(st.lists(st.lists(st.text(min_size=1, max_size=5).map(quote), min_size=1, max_size=4), min_size=1, max_size=5))
+rejected_titles = st.text(min_size=1, max_size=5).filter(lambda title: title != "c").map(quote)  # "c" is chosen
+
+
+@given(st.lists(st.lists(rejected_titles, min_size=1, max_size=4), min_size=1, max_size=5))
 def test_preference_records_come_back_as_lists(tmp_path_factory, rejected):
     path = tmp_path_factory.getbasetemp() / "preferences.json"
     write_json(
