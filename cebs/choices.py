@@ -36,9 +36,6 @@ class CatalogueChoices:
         self.is_choice = (self.trie.offsets.diff() > 1)[self.parents]  # [num_nodes], of the edge to each node
         self.is_choice[0] = False
 
-    def __contains__(self, title: str) -> bool:
-        return title in self.paths
-
     def edges(self, title: str, token_ids: Sequence[int]) -> list[int]:
         """Returns the edge that each token of a title takes, as the number of the node below; 0 where it is no choice.
 

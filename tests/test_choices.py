@@ -61,7 +61,6 @@ def test_a_historys_choices_are_those_of_the_same_titles_as_answers(tokenizer, t
 
 def test_a_title_outside_the_catalogue_has_no_choices(tokenizer):
     choices = CatalogueChoices(tokenizer, ["Emma", "Dune"])
-    assert "Emma" in choices and "Emm" not in choices
     assert not any(choices.edges("Emm", encode_completion(tokenizer, quote("Emm"))))
     assert any(choices.edges("Emma", encode_completion(tokenizer, quote("Emma"))))
 
