@@ -29,6 +29,11 @@ python DPO_from_dpoData.py --adapter output/sft/final_model --output_dir output/
     --train_data output/random/data/dpo_train.json --valid_data output/random/data/dpo_valid.json
 ```
 
+# Preferences among the titles of a catalogue, on a model that was trained so (sft_smol.py --renormalize)
+```bash
+python DPO_from_dpoData.py --renormalize --output_dir output/cluster_exposure/among_titles
+```
+
 # The settings of the published runs
 ```bash
 python DPO_from_dpoData.py --config configs/dpo_published.yaml --output_dir output/cluster_exposure/published
@@ -38,10 +43,15 @@ Interrupted and started again with the same flags, it goes on from its last chec
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config
 
+from cebs.catalogue import CATALOGUE_FILES, load_catalogue
+from cebs.choices import CatalogueChoices, within_catalogue
+from cebs.guards import RECORD
 from cebs.memory import train_within_memory
 from cebs.preferences import read_preferences
 from cebs.prompts import say_shortened
@@ -61,6 +71,9 @@ class ScriptArguments(TrainingScriptArguments):
         valid_data (`str`): preference records to evaluate on.
         adapter (`str`): adapter to start from, and the reference. Left out where model or data are given: a new
             adapter on the base model, which is then the reference.
+        data_dir (`str`): data folder whose catalogue `renormalize` goes by.
+        renormalize (`bool`, *optional*, defaults to `False`): take a title's log-probability among the titles of the
+            catalogue (`cebs.choices`), as rankings with `--renormalize` do, instead of among all texts.
         loss_threshold (`float`, *optional*): stop when the evaluation loss falls below it.
     """
 
@@ -71,6 +84,11 @@ class ScriptArguments(TrainingScriptArguments):
             "help": "Adapter to start from, also the reference. Left out where model or data are given: a new adapter "
             "on the base model."
         },
+    )
+    data_dir: str = field(metadata={"help": "Data folder whose catalogue --renormalize goes by."})
+    renormalize: bool = field(
+        default=False,
+        metadata={"help": "Take a title's log-probability among the titles of the catalogue, not among all texts."},
     )
     loss_threshold: float | None = field(
         default=None, metadata={"help": "Stop when the evaluation loss falls below it."}
@@ -84,6 +102,12 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     for path, records in ((script_args.train_data, train_records), (script_args.valid_data, valid_records)):
         check_rejected(path, records, training_args.loss_type)
         require_done(path, "dataset_generate.py", "dataset_generate_cluster_batch.py")
+    inputs, titles = [script_args.train_data, script_args.valid_data], []
+    if script_args.renormalize:
+        titles = load_catalogue(script_args.data_dir).titles
+        inputs += [Path(script_args.data_dir) / name for name in CATALOGUE_FILES]
+        train_records = among_titles(script_args.train_data, train_records, titles)
+        valid_records = among_titles(script_args.valid_data, valid_records, titles)
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
@@ -95,13 +119,15 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
         model_args,
         model_dir,
         adapter=script_args.adapter,
-        inputs=[script_args.train_data, script_args.valid_data],
+        inputs=inputs,
     ) as run:
         if run.done:
             return
 
         # -- Training -------------------------------------------------------------------------------------------------
+        tokenizer = load_tokenizer(model_dir)
         training_args.max_length = token_limit(model_dir, training_args.max_length)
+        choices = CatalogueChoices(tokenizer, titles) if script_args.renormalize else None
         run.counts.update(
             train_records=len(train_records),
             valid_records=len(valid_records),
@@ -112,9 +138,10 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
             trainer = SoftmaxDPOTrainer(
                 model=load_trainable(model_dir, model_args, script_args.adapter),
                 args=args,
+                choices=choices,
                 train_dataset=Dataset.from_list(train_records),
                 eval_dataset=Dataset.from_list(valid_records),
-                processing_class=load_tokenizer(model_dir),
+                processing_class=tokenizer,
                 peft_config=None if script_args.adapter else get_peft_config(model_args),
                 callbacks=stopping_callbacks(script_args.loss_threshold, script_args.early_stopping_patience),
             )
@@ -123,6 +150,13 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
             train_and_save(trainer, run, model_dir)
 
         train_within_memory(train, training_args, run)
+
+
+def among_titles(file: str, records: list[dict[str, Any]], titles: list[str]) -> list[dict[str, Any]]:
+    """Returns the preference records whose titles are all in the catalogue, with their numbers in the file."""
+    quoted = [[record["chosen"], *record["rejected"]] for record in records]
+    within = within_catalogue(file, [[title.strip()[1:-1] for title in row] for row in quoted], titles)
+    return [{RECORD: number, **records[number]} for number in within]
 
 
 def make_parser() -> ScriptParser:

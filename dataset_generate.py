@@ -50,6 +50,7 @@ class ScriptArguments(PreferenceArguments):
     Args:
         method (`str`): `random` or `self_play`.
         num_negatives (`int`): negatives of a record, for `random`; a greedy prediction is one.
+        constrained (`bool`): for `self_play`: predict only titles of the catalogue.
     """
 
     method: str = field(
@@ -59,6 +60,7 @@ class ScriptArguments(PreferenceArguments):
         }
     )
     num_negatives: int = field(metadata={"help": "Negatives of a record, for random; none occurs twice."})
+    constrained: bool = field(metadata={"help": "For self_play: predict only titles of the catalogue."})
 
 
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
@@ -98,8 +100,10 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         if script_args.method == "self_play":
             decoder = load_decoder(model_dir, model_args, run)
 
+            titles = sampler.catalogue.titles if script_args.constrained else None
+
             def predict(batch: Sequence[list[int]], start: int) -> list[str]:
-                return [predicted_title(answer) for answer in decoder.greedy(batch)]
+                return [predicted_title(answer) for answer in decoder.greedy(batch, titles)]
 
             for split in SPLITS:
                 journals.append(Journal(run, f"data/self_play_{split}"))

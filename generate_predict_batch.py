@@ -66,7 +66,8 @@ class ScriptArguments(RunArguments):
 
     Args:
         data_dir (`str`): data folder with `test_sample.json` and, for constrained beams, the catalogue.
-        decoding (`str`): `greedy` writes the model's answer, `constrained_beam` its ranking of the catalogue too.
+        decoding (`str`): `greedy` writes the model's answer, `constrained_greedy` one that is a title of the catalogue,
+            `constrained_beam` its ranking of the catalogue too.
         num_beams (`int`): width of the beam search, and titles in a ranking.
         calibration (`float`): weight of a title's log-probability without a history, which is taken off its score
             (see `cebs.calibration`). It is computed once for a model and catalogue, and kept.
@@ -81,8 +82,9 @@ class ScriptArguments(RunArguments):
     data_dir: str = field(metadata={"help": "Data folder with test_sample.json."})
     decoding: str = field(
         metadata={
-            "help": "greedy: the model's answer; constrained_beam: its own ranking of the catalogue's titles.",
-            "choices": ["greedy", "constrained_beam"],
+            "help": "greedy: the model's answer; constrained_greedy: an answer that is a title of the catalogue; "
+            "constrained_beam: its own ranking of the catalogue's titles.",
+            "choices": ["greedy", "constrained_greedy", "constrained_beam"],
         }
     )
     num_beams: int = field(metadata={"help": "Width of the beam search, and titles in a ranking."})
@@ -116,7 +118,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     records = read_records(test_file)[: script_args.max_predict_samples]
     inputs = [test_file]
     instruction = common_instruction(test_file, records) if script_args.calibration else None
-    if script_args.decoding == "constrained_beam":
+    titles = None
+    if script_args.decoding != "greedy":
         titles = load_catalogue(data_dir).titles
         inputs += [data_dir / name for name in CATALOGUE_FILES]
         if script_args.exclude_history:
@@ -145,10 +148,10 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         decoder = load_decoder(model_dir, model_args, run)
         prompts = decoder.encode([record.prompt for record in records])
 
-        if script_args.decoding == "greedy":
+        if script_args.decoding != "constrained_beam":
 
             def predict(batch: Sequence[tuple[Record, list[int]]], start: int) -> list[dict[str, Any]]:
-                answers = decoder.greedy([prompt for _, prompt in batch])
+                answers = decoder.greedy([prompt for _, prompt in batch], titles)
                 return [prediction_record(record, answer) for (record, _), answer in zip(batch, answers, strict=True)]
         else:
             trie, title_of = decoder.catalogue_trie(titles)

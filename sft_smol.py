@@ -34,17 +34,15 @@ Interrupted and started again with the same flags, it goes on from its last chec
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from cebs.catalogue import CATALOGUE_FILES, load_catalogue
-from cebs.choices import CatalogueChoices
-from cebs.errors import InputError
+from cebs.choices import CatalogueChoices, within_catalogue
 from cebs.memory import train_within_memory
-from cebs.prompts import Record, read_records, say_shortened
+from cebs.prompts import read_records, say_shortened
 from cebs.sources import find_model
 from cebs.training import (
     CompletionTrainer,
@@ -119,8 +117,8 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
     if script_args.renormalize:
         titles = load_catalogue(script_args.data_dir).titles
         inputs += [Path(script_args.data_dir) / name for name in CATALOGUE_FILES]
-        say_left_out(train_file, train_records, titles)
-        say_left_out(valid_file, valid_records, titles)
+        for file, records in ((train_file, train_records), (valid_file, valid_records)):
+            within_catalogue(file, [[record.target] for record in records], titles)  # the others have no label
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
@@ -175,22 +173,6 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
             train_and_save(trainer, run, model_dir)
 
         train_within_memory(train, training_args, run)
-
-
-def say_left_out(file: Path, records: Sequence[Record], titles: Sequence[str]) -> None:
-    """Says how many records have no loss, since their targets are not in the catalogue; TRL drops them.
-
-    Raises:
-        `InputError`: if none is left.
-    """
-    known = set(titles)
-    outside = [record.target for record in records if record.target not in known]
-    if len(outside) == len(records):
-        raise InputError(f"{file}: no target is in the catalogue beside it; leave out --renormalize")
-    if outside:
-        print(
-            f"note: {file}: left out {len(outside)} records whose targets are not in the catalogue, as {outside[0]!r}"
-        )
 
 
 def make_parser() -> ScriptParser:

@@ -34,7 +34,7 @@ catalogue, among the edges of its token trie (`cebs.trie`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import commonprefix  # of any sequences
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +45,9 @@ from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import selective_log_softmax
 
 from cebs.trie import TokenTrie, children
+
+if TYPE_CHECKING:
+    from cebs.choices import CatalogueChoices
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: log-probs of several completions of one prompt
@@ -116,24 +119,30 @@ def shared_rows(
     }
 
 
-def branch_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
+def branch_log_probs(
+    model: torch.nn.Module, rows: dict[str, Tensor], choices: "CatalogueChoices | None" = None
+) -> Tensor:
     """
     Log-probability of each completion given its prompt, in nats, summed over tokens; differentiable.
 
     Args:
         model: a causal language model, possibly inside a `PeftModel` or `DistributedDataParallel`.
         rows (`dict[str, Tensor]`): from [`shared_rows`], on the model's device.
+        choices (`CatalogueChoices`, *optional*): takes tokens among those that the catalogue goes on with, instead of
+            among all; `rows` then has the `edges` `[B, S]` that they take.
 
     Returns:
         `Tensor`, `[B, K]`: float32; 0 where a record has fewer than K branches.
     """
-    log_probs = token_log_probs(model, rows)  # [B, S]
+    log_probs = token_log_probs(model, rows, choices)  # [B, S]
     batch, most = rows["branch_lengths"].shape
     sums = log_probs.new_zeros(batch, most + 1)  # the last one takes the padding
     return sums.scatter_add(1, rows["branch_ids"], log_probs)[:, :most]
 
 
-def token_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
+def token_log_probs(
+    model: torch.nn.Module, rows: dict[str, Tensor], choices: "CatalogueChoices | None" = None
+) -> Tensor:
     """Log-probability `[B, S]` of each token in `rows["labels"]`, in nats, float32; any number at padding."""
     logits = model(
         input_ids=rows["input_ids"],
@@ -142,6 +151,8 @@ def token_log_probs(model: torch.nn.Module, rows: dict[str, Tensor]) -> Tensor:
         logits_to_keep=rows["labels"].shape[1],
         use_cache=False,
     ).logits  # [B, S, V]
+    if choices is not None:
+        return choices.log_probs(logits, rows["edges"])
     # Not `cross_entropy`: its float32 sum over a large vocabulary is off by some 2e-5 per token on a CPU.
     return selective_log_softmax(logits.float(), rows["labels"].clamp(min=0))
 

@@ -10,6 +10,7 @@ what beams score titles by with `--renormalize` (`cebs.beams`).
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from cebs.branches import edge_logits
+from cebs.errors import InputError
 from cebs.prompts import encode_completion, quote
 from cebs.trie import build_trie, parents, title_paths
 
@@ -67,3 +69,35 @@ class CatalogueChoices:
         found, _ = edge_logits(trie, logits, nodes)  # [N, M]
         taken = edges - trie.offsets[nodes]  # [N]: the children of a node are numbered in a row
         return F.cross_entropy(found, taken.long(), reduction="none")
+
+    def log_probs(self, logits: Tensor, edges: Tensor) -> Tensor:
+        """Returns the log-probability of each token among the catalogue's, `[B, L]`, in nats; differentiable.
+
+        Args:
+            logits (`Tensor`, `[B, L, V]`): before each token.
+            edges (`Tensor` of int64, `[B, L]`): the edge that it takes; 0 where it is no choice, which costs nothing.
+        """
+        chosen = edges.nonzero(as_tuple=True)
+        log_probs = torch.zeros(edges.shape, device=logits.device)
+        return log_probs.index_put(chosen, -self.losses(logits[chosen], edges[chosen]))
+
+
+def within_catalogue(file: str | Path, titles: Sequence[Sequence[str]], catalogue: Sequence[str]) -> list[int]:
+    """Returns the numbers of the records that the catalogue's choices can tell of, and says how many they are not.
+
+    Args:
+        file: where the records stand.
+        titles: of each record, those that have to be in the catalogue.
+        catalogue: its titles.
+
+    Raises:
+        `InputError`: if there is no such record.
+    """
+    known = set(catalogue)
+    outside = [next((title for title in of_record if title not in known), None) for of_record in titles]
+    within = [number for number, title in enumerate(outside) if title is None]
+    if not within:
+        raise InputError(f"{file}: no record has all of its titles in the catalogue; leave out --renormalize")
+    if left_out := [title for title in outside if title is not None]:
+        print(f"note: {file}: left out {len(left_out)} records with a title outside the catalogue, as {left_out[0]!r}")
+    return within

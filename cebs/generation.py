@@ -297,13 +297,15 @@ class Decoder:
         decoded, self.rows = decode_within_memory(decode, self.rows)
         return decoded
 
-    def greedy(self, prompts: Sequence[list[int]]) -> list[str]:
-        """Returns the greedy answer to each prompt, given as token ids."""
+    def greedy(self, prompts: Sequence[list[int]], titles: Sequence[str] | None = None) -> list[str]:
+        """Returns the greedy answer to each prompt, given as token ids; where `titles` are given, one of them."""
+        trie, title_of = self.catalogue_trie(titles) if titles else (None, {})
         answers = self.within_memory(
             lambda rows: greedy(
                 self.model,
                 list(prompts),
-                max_new_tokens=self.max_new_tokens,
+                trie,
+                max_new_tokens=max(map(len, title_of), default=self.max_new_tokens),
                 stop_token_ids=self.stop_token_ids,
                 quote_token_ids=self.quote_token_ids,
                 rows=rows,

@@ -357,14 +357,13 @@ class Plan:
         return self.add(
             name,
             "DPO_from_dpoData.py",
-            {
+            self.common()
+            | {
                 "train_data": train_file,
                 "valid_data": train_file.with_name(train_file.name.replace("_train", "_valid")),
                 "adapter": adapter(model),
-                "model_name_or_path": self.settings.model_name_or_path,
                 "output_dir": folder,
-            }
-            | self.seeded(),
+            },
             after=[*model, data],
             result=folder / "final_model",
             records=self.settings.sizes["preferences"],

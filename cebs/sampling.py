@@ -213,6 +213,7 @@ def _pick(log_probs: Tensor, choices: Tensor, temperature: float, noise: Tensor)
 def greedy(
     model: PreTrainedModel,
     prompts: list[list[int]],
+    trie: TokenTrie | None = None,
     *,
     max_new_tokens: int,
     stop_token_ids: Tensor,
@@ -220,7 +221,7 @@ def greedy(
     rows: int = 64,
 ) -> list[list[int]]:
     """
-    The likeliest token at each step, for each prompt: one branch of the one likeliest token.
+    The likeliest token, or edge, at each step, for each prompt: one branch of the one likeliest way on.
 
     Args: as in [`sample_until`].
 
@@ -230,6 +231,7 @@ def greedy(
     found = sample_until(
         model,
         prompts,
+        trie,
         accept=lambda index, branches: True,
         seeds=[0] * len(prompts),
         num_branches=1,

@@ -12,6 +12,8 @@ With one rejected title both are DPO (Rafailov et al., arXiv:2305.18290; TRL's `
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +31,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad, selective_log_softmax, use_adapter
 
 from cebs.branches import branch_log_probs, shared_rows
+from cebs.choices import CatalogueChoices
 from cebs.errors import InputError
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.prompts import encode_completion, encode_prompt
@@ -177,6 +180,9 @@ class SharedPromptCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
         completions = [[example["chosen_ids"], *example["rejected_ids"]] for example in examples]
         rows = shared_rows([example["prompt_ids"] for example in examples], completions, self.pad_token_id)
+        if "edges" in examples[0]:
+            edges = [torch.tensor(list(chain.from_iterable(example["edges"]))) for example in examples]
+            rows["edges"] = pad(edges, padding_value=0)  # [B, S], beside the labels
         return rows | _completion_columns(examples)
 
 
@@ -204,6 +210,13 @@ class RepeatedPromptCollator:
             for completion in (example["chosen_ids"], *example["rejected_ids"]):
                 input_ids.append(torch.tensor(example["prompt_ids"] + completion))
                 completion_mask.append(torch.tensor([0] * len(example["prompt_ids"]) + [1] * len(completion)))
+        if "edges" in examples[0]:
+            edges = [
+                torch.tensor([0] * len(example["prompt_ids"]) + of_completion)
+                for example in examples
+                for of_completion in example["edges"]
+            ]
+            columns["edges"] = pad(edges, padding_value=0)  # [R, L], beside the ids
         is_completion = columns["is_completion"]  # [B, 1 + K]
         row = (is_completion.flatten().cumsum(0) - 1).view_as(is_completion) * is_completion
         return columns | {
@@ -229,15 +242,23 @@ def _completion_columns(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
     return columns
 
 
-def repeated_log_probs(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def repeated_log_probs(
+    model: torch.nn.Module, batch: dict[str, Tensor], choices: CatalogueChoices | None = None
+) -> Tensor:
     """
     Log-probability of each completion given its prompt, from rows of `RepeatedPromptCollator`; differentiable.
+
+    Args:
+        choices (`CatalogueChoices`, *optional*): as in [`branch_log_probs`].
 
     Returns:
         `Tensor`, `[B, 1 + K]`: in nats, summed over tokens; 0 where a record has no such completion.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-    token_log_probs = selective_log_softmax(logits[:, :-1].float(), batch["input_ids"][:, 1:])  # [R, L - 1]
+    if choices is not None:
+        token_log_probs = choices.log_probs(logits[:, :-1], batch["edges"][:, 1:])  # [R, L - 1]
+    else:
+        token_log_probs = selective_log_softmax(logits[:, :-1].float(), batch["input_ids"][:, 1:])
     log_probs = (token_log_probs * batch["completion_mask"][:, 1:]).sum(dim=1)  # [R]
     return log_probs[batch["row"]] * batch["is_completion"]
 
@@ -258,11 +279,21 @@ class SoftmaxDPOTrainer(FiniteLossMixin, DPOTrainer):
         args ([`SoftmaxDPOConfig`]): TRL's configuration, with the losses for lists.
         train_dataset, eval_dataset (`Dataset`): rows of `prompt`, `chosen` and `rejected` (a list of titles). Prompt
             and completions are tokenised apart and joined; too long a prompt loses its oldest titles.
+        choices (`CatalogueChoices`, *optional*): takes all log-probabilities among the catalogue's titles, of which
+            every completion is one. Left out, they are among all texts.
     """
 
-    def __init__(self, *, args: SoftmaxDPOConfig, processing_class: PreTrainedTokenizerBase, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        args: SoftmaxDPOConfig,
+        processing_class: PreTrainedTokenizerBase,
+        choices: CatalogueChoices | None = None,
+        **kwargs: Any,
+    ):
         collator = SharedPromptCollator if args.shared_prompt else RepeatedPromptCollator
-        self._log_probs = branch_log_probs if args.shared_prompt else repeated_log_probs
+        log_probs = branch_log_probs if args.shared_prompt else repeated_log_probs
+        self.choices, self._log_probs = choices, partial(log_probs, choices=choices)
         self.shortened_prompts = 0
         super().__init__(
             args=args,
@@ -278,17 +309,26 @@ class SoftmaxDPOTrainer(FiniteLossMixin, DPOTrainer):
     ) -> Dataset:
         rows = []
         for index, record in enumerate(dataset):
-            chosen, *rejected = (
-                encode_completion(processing_class, title) for title in (record["chosen"], *record["rejected"])
-            )
+            titles = (record["chosen"], *record["rejected"])
+            chosen, *rejected = completions = [encode_completion(processing_class, title) for title in titles]
             room = (args.max_length or 2**30) - max(map(len, (chosen, *rejected)))
             prompt, dropped = encode_prompt(processing_class, record["prompt"], room)
             self.shortened_prompts += dropped > 0
-            rows.append({RECORD: index, "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected})
+            row = {
+                RECORD: record.get(RECORD, index),
+                "prompt_ids": prompt,
+                "chosen_ids": chosen,
+                "rejected_ids": rejected,
+            }
+            if self.choices is not None:
+                row["edges"] = [
+                    self.choices.edges(title.strip()[1:-1], ids) for title, ids in zip(titles, completions, strict=True)
+                ]
+            rows.append(row)
         return Dataset.from_list(rows)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = [RECORD, "prompt_ids", "chosen_ids", "rejected_ids", "ref_logps"]
+        self._signature_columns = [RECORD, "prompt_ids", "chosen_ids", "rejected_ids", "ref_logps", "edges"]
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         loader = DataLoader(dataset, batch_size=batch_size, collate_fn=self.data_collator)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from trl import DPOConfig, DPOTrainer
 
+from cebs.choices import CatalogueChoices
 from cebs.models import load_model
 from cebs.prompts import encode_completion
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer
@@ -25,6 +26,8 @@ LISTS = [
     {"prompt": PROMPTS[2], "chosen": '"O"', "rejected": ['"The Time Machine (1895)"', '"Evelina (1778)"']},
 ]
 
+CATALOGUE = ["Persuasion (1817)", "Dracula (1897)", "O", "Emma (1815)", "Carmilla (1872)", "The Time Machine (1895)"]
+CATALOGUE += ["Evelina (1778)", "Emma (1816)", "Emmeline"]
 
 # of one record: the chosen title's log-ratio, the rejected titles' with whether each is there, and beta
 RATIOS = (
@@ -56,16 +59,18 @@ def make_adapted(tiny_model, std=0.2):
     return model
 
 
-def make_trainer(model, tiny_model, folder, records, *, base=SoftmaxDPOTrainer, **settings):
+def make_trainer(model, tiny_model, folder, records, *, base=SoftmaxDPOTrainer, catalogue=None, **settings):
     config = SoftmaxDPOConfig if issubclass(base, SoftmaxDPOTrainer) else DPOConfig
     settings = {"per_device_train_batch_size": len(records), "beta": 0.3, **settings}
     args = config(output_dir=str(folder), report_to=[], bf16=False, activation_checkpointing=False, **settings)
+    tokenizer = load_tokenizer(tiny_model)
     return base(
         model=model,
         args=args,
         train_dataset=Dataset.from_list(records),
         eval_dataset=Dataset.from_list(records),
-        processing_class=load_tokenizer(tiny_model),
+        processing_class=tokenizer,
+        **({} if catalogue is None else {"choices": CatalogueChoices(tokenizer, catalogue)}),
     )
 
 

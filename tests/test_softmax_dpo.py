@@ -8,8 +8,10 @@ from datasets import Dataset
 from hypothesis import given, settings
 from peft import LoraConfig
 from preference_training import (
+    CATALOGUE,
     LISTS,
     PAIRS,
+    PROMPTS,
     RATIOS,
     ApartDPOTrainer,
     assert_same_step,
@@ -69,15 +71,31 @@ def test_one_rejected_title_is_trls_dpo(adapted, tiny_model, tmp_path, shared):
     assert ours[0] != pytest.approx(math.log(2), abs=1e-3), "the policy has not moved, the test shows nothing"
 
 
-@pytest.mark.parametrize("precompute", [True, False])
-def test_shared_rows_equal_repeated_prompts(tiny_model, tmp_path, precompute):
+@pytest.mark.parametrize(("precompute", "catalogue"), [(True, None), (False, None), (True, CATALOGUE)])
+def test_shared_rows_equal_repeated_prompts(tiny_model, tmp_path, precompute, catalogue):
     """Lists of different lengths, prompts of very different lengths, one-letter titles."""
     steps = []
     for shared in (True, False):
-        model, settings = make_adapted(tiny_model, std=0), {"precompute_ref_log_probs": precompute}
+        model = make_adapted(tiny_model, std=0)
+        settings = {"precompute_ref_log_probs": precompute, "catalogue": catalogue}
         trainer = make_trainer(model, tiny_model, tmp_path / str(shared), LISTS, shared_prompt=shared, **settings)
         steps.append(step(trainer))
     assert_same_step(*steps)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_log_probs_among_the_titles_of_a_catalogue_are_a_distribution_over_them(adapted, tiny_model, tmp_path, shared):
+    """After one prompt, every title of the catalogue once; and no text outside the catalogue can take of theirs."""
+    record = {
+        "prompt": PROMPTS[0],
+        "chosen": f'"{CATALOGUE[0]}"',
+        "rejected": [f'"{title}"' for title in CATALOGUE[1:]],
+    }
+    settings = {"shared_prompt": shared, "catalogue": CATALOGUE}
+    trainer = make_trainer(adapted, tiny_model, tmp_path, [record], **settings)
+    log_probs = trainer.compute_ref_log_probs(trainer.model, trainer.data_collator(list(trainer.train_dataset)))
+    assert log_probs.shape == (1, len(CATALOGUE)) and log_probs.max() < 0
+    torch.testing.assert_close(log_probs.double().exp().sum(1), torch.ones(1, dtype=torch.double), atol=1e-5, rtol=0)
 
 
 def test_reference_log_probs_once_or_each_time(adapted, tiny_model, tmp_path):
