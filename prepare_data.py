@@ -34,6 +34,8 @@ With --series_first, titles such as "The Score (Off-Campus, #3)" are spelt "Off-
 catalogue alike. Nothing else changes: a language model can then copy a series from the history (docs/recipe.md).
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from cebs.catalogue import CATALOGUE_FILES, Catalogue, load_catalogue
+from cebs.catalogue import CATALOGUE_FILES, Catalogue, interest_cluster, load_catalogue
 from cebs.prompts import Record, read_records, respelt
 from cebs.ratings import (
     DATA_FILES,
@@ -290,8 +292,19 @@ def count(prepared: Prepared) -> dict[str, Any]:
         "test_targets_seen_in_train": sum(record.target in seen for record in test) / len(test),
         "test_targets_that_are_train_targets": sum(record.target in targets for record in test) / len(test),
         "test_targets_in_a_series_of_the_history": sum(map(continues_series, test)) / len(test),
+        "titles_outside_the_cluster": share_outside(train, prepared.catalogue),
         **prepared.facts,
     }
+
+
+def share_outside(records: Sequence[Record], catalogue: Catalogue) -> float:
+    """Returns which share of the catalogue's titles has no genre of a record's interest cluster, the records' mean."""
+    clusters = Counter(frozenset(interest_cluster(record.history, catalogue)) for record in records)
+    outside = sum(
+        times * sum(cluster.isdisjoint(catalogue.genres_of(title)) for title in catalogue.titles)
+        for cluster, times in clusters.items()
+    )
+    return outside / (len(records) * len(catalogue.titles))
 
 
 def print_summary(folder: Path, counts: dict[str, Any]) -> None:
@@ -318,6 +331,9 @@ def print_summary(folder: Path, counts: dict[str, Any]) -> None:
     share = counts.get("test_targets_in_a_series_of_the_history")
     if share is not None:  # else the folder was made before this was counted
         print(f"  {share:.1%} of the test targets are of a series that the history holds")
+    share = counts.get("titles_outside_the_cluster")
+    if share is not None:
+        print(f"  {share:.1%} of the titles lie outside a user's interest cluster, on average")
 
 
 def main(script_args: PrepareArguments) -> None:

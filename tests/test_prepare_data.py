@@ -294,6 +294,7 @@ def test_series_first(series_folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "2 titles with their series in front" in said
     assert "50.0% of the test targets are of a series that the history holds" in said
+    assert "33.3% of the titles lie outside a user's interest cluster, on average" in said  # the one without genres
     old, new = series_folder, tmp_path / "sampled_data/books_series"
     spelt = SERIES | {"Out (S, #9)": "S, #9: Out"}
     for split in SPLITS:

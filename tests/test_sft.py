@@ -315,9 +315,9 @@ def test_renormalized_loss(tiny_model, data_dir, tmp_path, capsys):
 
     plain, shares = train("plain"), train("shares", "--renormalize")
     assert (plain["steps"], shares["steps"]) == (3, 2)
-    assert "left out 1 records whose targets are not in the catalogue, as 'In no catalogue'" in capsys.readouterr().out
+    assert "left out 1 records with a title outside the catalogue, as 'In no catalogue'" in capsys.readouterr().out
     assert shares["eval_loss"] != plain["eval_loss"]
 
     write_json(tmp_path / "data/train_sample.json", [records[1]])
-    with pytest.raises(InputError, match="no target is in the catalogue"):
+    with pytest.raises(InputError, match="train_sample.json: no record has all of its titles in the catalogue"):
         train("none", "--renormalize")

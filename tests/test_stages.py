@@ -5,6 +5,7 @@ lines, one of which is killed.
 """
 
 import json
+import math
 import re
 import shutil
 import signal
@@ -25,7 +26,7 @@ from cebs.catalogue import exposure_counts, interest_cluster, load_catalogue
 from cebs.generation import Decoder, Journal
 from cebs.preferences import read_preferences
 from cebs.prompts import predicted_title, read_records
-from utils import InputError, read_json
+from utils import InputError, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -618,6 +619,49 @@ def test_a_renormalised_ranking_is_another_one_of_the_same_titles(chain, out):
     )
     for row, other in zip(plain, renormalised, strict=True):
         assert sorted(row["ranking"]) == sorted(other["ranking"]) and row["ranking"] != other["ranking"]
+
+
+def test_greedy_answers_of_the_catalogue(chain, out):
+    """The first of one beam, grounded by itself; and what self-play takes, unless it is right or of the history."""
+    answers, first = (
+        read_json(chain.predict("--decoding", *decoding, out=f"{out}/{decoding[0]}") / "predictions/raw_results_8.json")
+        for decoding in (("constrained_greedy",), ("constrained_beam", "--num_beams", "1"))
+    )
+    assert [row["prediction"] for row in answers] == [row["prediction"] for row in first]
+    assert not any("ranking" in row for row in answers)
+
+    folder = chain.self_play("--constrained", out=f"{out}/self_play")
+    assert read_json(folder / "run.json")["counts"]["train_not_in_catalogue"] == 0
+    titles = load_catalogue(chain.data_dir).titles
+    assert all(row["rejected"][1:-1] in titles for row in read_json(folder / "data/dpo_train.json"))
+
+
+def test_preferences_among_the_titles_of_the_catalogue(chain, out, capsys):
+    """Records with a title outside it are left out; before the first step the loss is that of equal chances."""
+    copy, records = chain.root / out / "data", read_json(chain.root / "random/data/dpo_train.json")
+    copy.mkdir(parents=True)
+    records[1]["rejected"] = '"In no catalogue"'
+    files = []
+    for split, of_split in (("train", records), ("valid", records[:1])):
+        write_json(copy / f"{split}.json", of_split)
+        files += [f"--{split}_data", copy / f"{split}.json"]
+    flags = ("--renormalize", "--data_dir", chain.data_dir, "--logging_steps", "1")
+
+    def logged(name, *more):
+        log = read_json(chain.dpo("hard", *files, *more, out=f"{out}/{name}") / "training_log.json")
+        return [entry for entry in log if "logps/chosen" in entry][0]
+
+    shares, plain = logged("shares", *flags), logged("plain", "--logging_steps", "1")
+    assert f"{files[1]}: left out 1 records with a title outside the catalogue, as 'In no catalogue'" in (
+        capsys.readouterr().out
+    )
+    assert read_json(chain.root / out / "shares/run.json")["counts"]["train_records"] == len(records) - 1
+    assert shares["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert plain["logps/chosen"] < shares["logps/chosen"] < 0  # fewer ways to share a probability among
+
+    write_json(copy / "valid.json", [records[1]])
+    with pytest.raises(InputError, match="valid.json: no record has all of its titles in the catalogue"):
+        chain.dpo("hard", *files, *flags, out=f"{out}/none")
 
 
 def test_a_history_left_out_changes_nothing_else(chain, out):
