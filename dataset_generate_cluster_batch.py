@@ -224,7 +224,12 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         if not script_args.candidates:
             decoder = load_decoder(model_dir, model_args, run)
             edge_bias = calibration_bias(
-                decoder, catalogue.titles, instruction, script_args.calibration, script_args.cache_dir
+                decoder,
+                catalogue.titles,
+                instruction,
+                script_args.calibration,
+                script_args.cache_dir,
+                script_args.renormalize,
             )
             proposals = {
                 split: propose_titles(

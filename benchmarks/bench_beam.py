@@ -29,7 +29,7 @@ from benchmarks.common import (
 )
 from cebs.beams import beam_search
 from cebs.catalogue import load_catalogue
-from cebs.prompts import encode_completion, quote
+from cebs.prompts import encode_titles
 from cebs.trie import build_trie
 from utils import run_script
 
@@ -83,7 +83,7 @@ def generate_with_dict_trie(model, prompts, completions, eos: int, args: Argumen
 def main(args: Arguments) -> None:
     model, tokenizer, _, prompts = load(args)
     titles = load_catalogue(args.data_dir).titles
-    completions = [encode_completion(tokenizer, quote(title)) for title in titles]
+    completions = encode_titles(tokenizer, titles)
     trie = build_trie(completions)
     print(f"{len(prompts)} records, {len(titles)} titles, {len(trie.tokens)} trie nodes")
 

@@ -34,7 +34,7 @@ from benchmarks.common import (
 )
 from cebs.branches import branch_log_probs
 from cebs.catalogue import load_catalogue
-from cebs.prompts import encode_completion, quote
+from cebs.prompts import encode_completion, encode_titles
 from cebs.softmax_dpo import RepeatedPromptCollator, SharedPromptCollator, repeated_log_probs, softmax_dpo_loss
 from utils import run_script
 
@@ -49,7 +49,7 @@ class SoftmaxDPOArguments(BenchmarkArguments):
 
 def main(args: SoftmaxDPOArguments) -> None:
     model, tokenizer, records, prompts = load(args)
-    titles = [encode_completion(tokenizer, quote(title)) for title in load_catalogue(args.data_dir).titles]
+    titles = encode_titles(tokenizer, load_catalogue(args.data_dir).titles)
     base = model
     adapter = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, adapter).train()

@@ -24,7 +24,7 @@ from benchmarks.common import BenchmarkArguments, load, report, seconds, time_ro
 from cebs.beams import by_search, trie_ways
 from cebs.branches import BranchCache, advance, branching, prefill
 from cebs.catalogue import load_catalogue
-from cebs.prompts import encode_completion, quote
+from cebs.prompts import encode_titles
 from cebs.trie import TokenTrie, best_rise, build_trie
 from utils import run_script
 
@@ -77,7 +77,7 @@ def descent(trie: TokenTrie, logits: torch.Tensor, batch: int, num_beams: int) -
 def main(args: Arguments) -> None:
     model, tokenizer, _, prompts = load(args)
     batch, beams = len(prompts), len(prompts) * args.num_beams
-    completions = [encode_completion(tokenizer, quote(title)) for title in load_catalogue(args.data_dir).titles]
+    completions = encode_titles(tokenizer, load_catalogue(args.data_dir).titles)
 
     catalogues = {len(completions): completions} | {n: joined_titles(completions, n) for n in args.num_titles}
     tries = {}

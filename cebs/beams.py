@@ -61,11 +61,8 @@ def trie_ways(
     trie: TokenTrie, edge_bias: Tensor, rise: Tensor, logits: Tensor, node: Tensor, renormalize: bool = False
 ) -> Ways:
     """The edges out of each beam's node; `renormalize` has a beam's edges share the whole probability."""
-    log_probs, child = edge_log_probs(trie, logits, node)
-    bias = edge_bias[child]
-    if renormalize:
-        bias = bias - log_probs.logsumexp(1, keepdim=True)
-    return Ways(log_probs, bias, child, trie.titles[child] >= 0, rise[child])
+    log_probs, child = edge_log_probs(trie, logits, node, renormalize)
+    return Ways(log_probs, edge_bias[child], child, trie.titles[child] >= 0, rise[child])
 
 
 @torch.no_grad()
@@ -103,16 +100,16 @@ def beam_search(
             search.
         num_beam_groups (`int`): groups; a divisor of `num_beams`.
         edge_bias (`Tensor`, `[num_nodes]`, *optional*): added to the score with the trie's edge to each node.
-        renormalize (`bool`): the score counts each edge's probability among the edges out of its node, instead of among
-            all tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. No completion
-            may be the beginning of another.
+        renormalize (`bool`): of each edge counts the probability among the edges out of its node, instead of among all
+            tokens: a title is then not marked down for tokens that the catalogue leaves no choice of. No completion may
+            be the beginning of another.
         max_new_tokens, stop_token_ids: of free beams, as in [`cebs.sampling.sample_until`]. Of the stop tokens, only
             the likeliest ends a beam.
         rows (`int`): prompts decoded side by side.
 
     Returns:
         `list[tuple[list[list[int]], list[float]]]`: per prompt, branches, `num_beams` or fewer, best score first, and
-        their log-probs under the model, in nats.
+        their log-probs under the model, in nats; with `renormalize` among the completions of the trie.
 
     Raises:
         `NotFiniteError`: naming the prompt whose logits are NaN or infinite.

@@ -401,7 +401,10 @@ def edge_logits(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, 
     return logits.gather(1, token_of(trie, child)).float().masked_fill(child == 0, float("-inf")), child
 
 
-def edge_log_probs(trie: TokenTrie, logits: Tensor, node: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the edges out of each node under the whole vocabulary; the rest as in [`edge_logits`]."""
+def edge_log_probs(trie: TokenTrie, logits: Tensor, node: Tensor, renormalize: bool = False) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the edges out of each node: among all tokens, or with `renormalize` among those edges.
+
+    The rest is as in [`edge_logits`].
+    """
     found, child = edge_logits(trie, logits, node)
-    return found - log_normalizer(logits), child
+    return found.log_softmax(1) if renormalize else found - log_normalizer(logits), child

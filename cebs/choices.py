@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cebs.branches import edge_logits
 from cebs.errors import InputError
-from cebs.prompts import encode_completion, quote
+from cebs.prompts import encode_titles
 from cebs.trie import build_trie, parents, title_paths
 
 
@@ -32,7 +32,7 @@ class CatalogueChoices:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, titles: Sequence[str]):
-        self.trie = build_trie([encode_completion(tokenizer, quote(title)) for title in titles])
+        self.trie = build_trie(encode_titles(tokenizer, titles))
         self.parents = parents(self.trie)
         self.paths = dict(zip(titles, title_paths(self.trie), strict=True))
         self.is_choice = (self.trie.offsets.diff() > 1)[self.parents]  # [num_nodes], of the edge to each node

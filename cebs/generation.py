@@ -24,11 +24,10 @@ from cebs.memory import decode_within_memory
 from cebs.models import ModelArguments, load_for_inference, load_tokenizer, token_limit
 from cebs.processes import connect_processes
 from cebs.prompts import (
-    encode_completion,
     encode_prompt,
+    encode_titles,
     line_end_tokens,
     predicted_title,
-    quote,
     say_shortened,
     tokens_with,
 )
@@ -98,6 +97,8 @@ class CandidateArguments:
             has chosen it at the same step.
         calibration (`float`): of constrained beams: weight of a title's log-probability without a history, which is
             taken off its score (see `cebs.calibration`).
+        renormalize (`bool`): of titles of the catalogue: score and keep their
+            log-probabilities among these titles, instead of among all texts.
     """
 
     candidate_source: str = field(
@@ -120,6 +121,9 @@ class CandidateArguments:
             "help": "Of constrained beams: weight of a title's log-probability without a history, taken off its score."
         }
     )
+    renormalize: bool = field(
+        metadata={"help": "With --constrained: take log-probabilities among the catalogue's titles, not all texts."},
+    )
 
     def __post_init__(self):
         check_counts(self)
@@ -133,6 +137,8 @@ class CandidateArguments:
             raise ValueError(
                 "--calibration: is for beams over the catalogue; give --candidate_source beam --constrained"
             )
+        if self.renormalize and not self.constrained:
+            raise ValueError("--renormalize: is for titles of the catalogue; give --constrained with it")
         if self.candidate_source == "diverse_beam" and self.num_candidates % self.num_beam_groups:
             raise ValueError(
                 f"--num_beam_groups {self.num_beam_groups}: does not divide --num_candidates {self.num_candidates}"
@@ -340,8 +346,9 @@ class Decoder:
 
         Returns:
             For each prompt titles and the log-probabilities of their whole completions under the model, in nats and
-            without any penalty or bias. Sampled ones stand in the order sampled and may repeat; beams are distinct,
-            best score first, and `num_candidates` or fewer: spellings of one title in other tokens count once.
+            without any penalty or bias; among the catalogue's titles, where `args.renormalize`. Sampled ones stand in
+            the order sampled and may repeat; beams are distinct, best score first, and `num_candidates` or fewer:
+            spellings of one title in other tokens count once.
         """
         trie, title_of = self.catalogue_trie(titles) if args.constrained else (None, {})
 
@@ -361,6 +368,7 @@ class Decoder:
                         max_branches=args.max_candidates,
                         top_k=args.top_k,
                         temperature=args.temperature,
+                        renormalize=args.renormalize,
                         max_new_tokens=max(map(len, title_of)) if args.constrained else self.max_new_tokens,
                         stop_token_ids=self.stop_token_ids,
                         quote_token_ids=self.quote_token_ids,
@@ -382,6 +390,7 @@ class Decoder:
                 num_beam_groups=args.num_beam_groups if args.candidate_source == "diverse_beam" else 1,
                 diversity_penalty=args.diversity_penalty,
                 edge_bias=edge_bias,
+                renormalize=args.renormalize,
                 max_new_tokens=self.max_new_tokens,
                 stop_token_ids=self.stop_token_ids,
                 rows=rows,
@@ -400,8 +409,8 @@ class Decoder:
 def _catalogue_trie(
     tokenizer: PreTrainedTokenizerBase, titles: tuple[str, ...]
 ) -> tuple[TokenTrie, dict[tuple[int, ...], str]]:
-    completions = [tuple(encode_completion(tokenizer, quote(title))) for title in titles]
-    return build_trie(completions), dict(zip(completions, titles, strict=True))
+    completions = encode_titles(tokenizer, titles)
+    return build_trie(completions), dict(zip(map(tuple, completions), titles, strict=True))
 
 
 def load_decoder(model_dir: Path, args: DecodingArguments, run: Run) -> Decoder:

@@ -235,6 +235,11 @@ def encode_completion(tokenizer: "PreTrainedTokenizerBase", completion: str) -> 
     return [*ids, tokenizer.eos_token_id]
 
 
+def encode_titles(tokenizer: "PreTrainedTokenizerBase", titles: Sequence[str]) -> list[list[int]]:
+    """Tokenises each title as the answer that names it."""
+    return [encode_completion(tokenizer, quote(title)) for title in titles]
+
+
 def line_end_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """Returns the ids of all tokens that end an answer: the end-of-sequence token and every token with a newline."""
     return sorted({tokenizer.eos_token_id, *tokens_with("\n", tokenizer)})

@@ -65,6 +65,7 @@ def sample_until(
     max_branches: int = 40,
     top_k: int = 50,
     temperature: float = 1.0,
+    renormalize: bool = False,
     max_new_tokens: int,
     stop_token_ids: Tensor,
     quote_token_ids: Tensor | None = None,
@@ -85,6 +86,7 @@ def sample_until(
         seeds (`list[int]`): one per prompt.
         max_branches (`int`): no further round once a prompt has this many.
         top_k (`int`): sample from the k likeliest tokens only, or edges.
+        renormalize (`bool`): with a trie, the log-probabilities that are returned are among its completions.
         max_new_tokens (`int`): a branch of this length ends.
         stop_token_ids (`Tensor`, `[num_stop]`): a branch without a trie ends when it emits one; it is included in the
             branch.
@@ -95,8 +97,8 @@ def sample_until(
 
     Yields:
         `tuple[int, list[list[int]], list[float]]`: a prompt's index, all its branches in the order sampled, and the
-        log-probability of each under the model (in nats, at temperature 1, over the whole vocabulary), as prompts
-        finish.
+        log-probability of each under the model (in nats, at temperature 1, over the whole vocabulary unless
+        `renormalize`), as prompts finish.
 
     Raises:
         `NotFiniteError`: naming the prompt whose logits are NaN or infinite.
@@ -137,7 +139,8 @@ def sample_until(
                 fresh = [waiting.popleft() for _ in range(min(PREFILL_ROWS, rows - len(active), len(waiting)))]
                 new_rows = list(range(len(active), len(active) + len(fresh)))
                 logits = prefill(model, cache, [prompts[i] for i in fresh], new_rows, begun)
-                first = _likeliest(trie, logits, torch.zeros(len(fresh), dtype=torch.long, device=device), top_k)
+                root = torch.zeros(len(fresh), dtype=torch.long, device=device)
+                first = _likeliest(trie, logits, root, top_k, renormalize)
                 for i, *likeliest in zip(fresh, *first, strict=True):
                     generator = torch.Generator().manual_seed(seeds[i])
                     noise[len(active)] = torch.rand(max_branches, max_new_tokens, generator=generator)
@@ -167,7 +170,7 @@ def sample_until(
                 logits, sees = advance(model, cache, token_of(trie, live.choice), live.position, live.row, live.sees)
                 position = live.position + 1
                 step = position - torch.tensor([prompt.length for prompt in active], device=device)[live.row]
-                likeliest = _likeliest(trie, logits, live.choice, top_k)
+                likeliest = _likeliest(trie, logits, live.choice, top_k, renormalize)
                 choice, log_probs = _pick(*likeliest, temperature, noise[live.row, live.number, step])
                 live = emit(live._replace(choice=choice, position=position, sees=sees), log_probs, step)
 
@@ -192,13 +195,15 @@ def sample_until(
                 cache.keep_rows(len(active))
 
 
-def _likeliest(trie: TokenTrie | None, logits: Tensor, node: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+def _likeliest(
+    trie: TokenTrie | None, logits: Tensor, node: Tensor, top_k: int, renormalize: bool
+) -> tuple[Tensor, Tensor]:
     """Log-probs and choices, `[N, k]`, of the k likeliest ways on, by token id: near ties then keep their places."""
     if trie is None:
         scores, choices = logits.topk(min(top_k, logits.shape[1]), sorted=False)
         choices, order = choices.sort(dim=-1)
         return scores.gather(-1, order).float() - log_normalizer(logits), choices
-    log_probs, choices = edge_log_probs(trie, logits, node)
+    log_probs, choices = edge_log_probs(trie, logits, node, renormalize)
     kept = log_probs.topk(min(top_k, log_probs.shape[1]), sorted=False).indices.sort(dim=-1).values
     return log_probs.gather(-1, kept), choices.gather(-1, kept)
 

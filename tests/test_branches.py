@@ -494,13 +494,18 @@ def plain_beams(
 
 @torch.no_grad()
 def check_against_plain(prompts, found, num_beams, **kwargs):
-    """Same branches in the same order, and the log-probs are the model's, without bias or penalty."""
+    """Same branches in the same order, and the log-probs are without bias or penalty; the model's, or renormalised."""
+    bias = kwargs.get("bias")
     for prompt, (branches, log_probs) in zip(prompts, found, strict=True):
         expected = plain_beams(prompt, num_beams, **kwargs)
         assert list(map(tuple, branches)) == [branch for branch, _ in expected]
         assert len(set(map(tuple, branches))) == len(branches) <= num_beams
-        teacher_forced = [float(concatenated(MODEL, prompt, branch)) for branch in branches]
-        assert log_probs == pytest.approx(teacher_forced, abs=1e-4)
+        if kwargs.get("renormalize"):
+            biases = [sum(bias[b[:n]] for n in range(1, len(b) + 1)) if bias else 0.0 for b, _ in expected]
+            scored = [score - of_branch for (_, score), of_branch in zip(expected, biases, strict=True)]
+        else:
+            scored = [float(concatenated(MODEL, prompt, branch)) for branch in branches]
+        assert log_probs == pytest.approx(scored, abs=1e-4)
 
 
 few = settings(deadline=None, max_examples=8)

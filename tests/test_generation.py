@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from cebs.generation import CandidateArguments, Decoder, Journal, load_decoder, run_in_batches
 from cebs.models import load_model
-from cebs.prompts import build_prompt, encode_completion, predicted_title, quote
+from cebs.prompts import build_prompt, encode_completion, encode_titles, predicted_title
 from cebs.runs import Run
 
 answers = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -122,9 +122,8 @@ def decoder(tiny_model, tokenizer):
 
 def candidate_arguments(**changed):
     settings = dict(num_candidates=6, max_candidates=12, top_k=50, temperature=1.0, num_beam_groups=3)
-    return CandidateArguments(
-        **dict(settings, candidate_source="topk", constrained=False, diversity_penalty=1.0, calibration=0.0) | changed
-    )
+    settings |= dict(candidate_source="topk", constrained=False, renormalize=False)
+    return CandidateArguments(**settings | dict(diversity_penalty=1.0, calibration=0.0) | changed)
 
 
 def propose(decoder, accept=lambda index, titles: True, titles=None, **changed):
@@ -134,25 +133,31 @@ def propose(decoder, accept=lambda index, titles: True, titles=None, **changed):
 
 
 @torch.no_grad()
-def log_prob(decoder, prompt, completion):
-    """Of a completion after a prompt, by the book."""
+def log_prob(decoder, prompt, completion, among=None):
+    """Of a completion after a prompt, by the book; among all texts, or among some completions."""
     logits = decoder.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
+    for place, row in enumerate(logits if among else ()):
+        allowed = {other[place] for other in among if other[:place] == completion[:place]}
+        row[[token for token in range(len(row)) if token not in allowed]] = -torch.inf
     return float(logits.log_softmax(-1).gather(1, torch.tensor(completion)[:, None]).sum())
 
 
+@pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("source", SOURCES)
-def test_constrained_proposals_are_titles_of_the_catalogue(decoder, source):
-    proposed = propose(decoder, candidate_source=source, constrained=True, titles=TITLES)
+def test_constrained_proposals_are_titles_of_the_catalogue(decoder, source, renormalize):
+    how = {"constrained": True, "renormalize": renormalize, "titles": TITLES}
+    among = encode_titles(decoder.tokenizer, TITLES) if renormalize else None
+    proposed = propose(decoder, candidate_source=source, **how)
     for prompt, found in zip(decoder.encode(PROMPTS), proposed, strict=True):
         titles = [title for title, _ in found]
         assert 1 <= len(found) <= 6 and set(titles) <= set(TITLES)
         assert source == "diverse_beam" or len(found) == 6
         assert source == "topk" or len(set(titles)) == len(titles)
-        completions = [encode_completion(decoder.tokenizer, quote(title)) for title in titles]
-        expected = [log_prob(decoder, prompt, completion) for completion in completions]
+        completions = encode_titles(decoder.tokenizer, titles)
+        expected = [log_prob(decoder, prompt, completion, among) for completion in completions]
         assert [number for _, number in found] == pytest.approx(expected, abs=1e-3)
         assert source != "beam" or expected == sorted(expected, reverse=True)
-    everything = propose(decoder, candidate_source="beam", constrained=True, num_candidates=len(TITLES), titles=TITLES)
+    everything = propose(decoder, candidate_source="beam", num_candidates=len(TITLES), **how)
     assert all({title for title, _ in found} == set(TITLES) for found in everything)
 
 
@@ -195,6 +200,7 @@ def test_sampling_goes_on_until_a_round_is_accepted(decoder):
         (dict(calibration=-0.1), "--calibration: -0.1 must be 0 or more"),
         (dict(calibration=0.4, candidate_source="beam"), "--calibration: is for beams over the catalogue; give --cand"),
         (dict(calibration=0.4, constrained=True), "--calibration: is for beams over the catalogue; give --candidate_s"),
+        (dict(renormalize=True), "--renormalize: is for titles of the catalogue; give --constrained with it"),
         (dict(num_candidates=0), "--num_candidates 0: must be at least 1"),
         (dict(candidate_source="diverse_beam", num_beam_groups=4), "--num_beam_groups 4: does not divide"),
     ],
