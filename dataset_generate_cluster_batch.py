@@ -39,6 +39,11 @@ python dataset_generate_cluster_batch.py --candidate_source beam --constrained -
     --output_dir output/calibrated_beam
 ```
 
+# Of a model that was trained with sft_smol.py --renormalize, and does not write whole titles by itself
+```bash
+python dataset_generate_cluster_batch.py --constrained --renormalize --output_dir output/of_the_catalogue
+```
+
 # Choose again among candidates that are there, by selectors of one's own (data/negatives_{train,valid}.json) and by
 # name (data/<name>_{train,valid}.json): no model is loaded
 ```bash
