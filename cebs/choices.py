@@ -83,7 +83,7 @@ class CatalogueChoices:
 
 
 def within_catalogue(file: str | Path, titles: Sequence[Sequence[str]], catalogue: Sequence[str]) -> list[int]:
-    """Returns the numbers of the records that the catalogue's choices can tell of, and says how many they are not.
+    """Returns the numbers of the records whose titles are all in the catalogue, and says how many are left out.
 
     Args:
         file: where the records stand.

@@ -97,8 +97,8 @@ class CandidateArguments:
             has chosen it at the same step.
         calibration (`float`): of constrained beams: weight of a title's log-probability without a history, which is
             taken off its score (see `cebs.calibration`).
-        renormalize (`bool`): of titles of the catalogue: score and keep their
-            log-probabilities among these titles, instead of among all texts.
+        renormalize (`bool`): of titles of the catalogue: score and keep their log-probabilities among these titles,
+            instead of among all texts.
     """
 
     candidate_source: str = field(
