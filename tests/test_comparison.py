@@ -135,7 +135,7 @@ def test_one_model_can_be_judged_by_two_protocols():
     ranked, grounded = (both[f"{row}/predict"] for row in ("clusterin", "clusterin_grounded"))
     assert ranked.after == grounded.after == ["clusterin/train"]
     assert "constrained_beam" in ranked.command and "--exclude_history" in ranked.command
-    assert "greedy" in grounded.command and "--exclude_history" not in grounded.command
+    assert "constrained_greedy" in grounded.command and "--exclude_history" not in grounded.command
     assert set(make_plan(description, "ClusterIn, grounded").stages) == set(both) - {
         "clusterin/predict",
         "clusterin/evaluate",

@@ -308,7 +308,7 @@ def test_training_and_prediction_see_the_same_prompt(chain, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         chain.sft(out="tests/prompts/sft")
 
-    def no_decoding(model, prompts, **kwargs):
+    def no_decoding(model, prompts, trie, **kwargs):
         seen["decoding"] = prompts
         raise KeyboardInterrupt
 
@@ -519,7 +519,7 @@ def test_dataset_generate_has_no_leftovers(chain):
 def test_self_play_puts_a_random_title_for_a_prediction_that_is_right(chain, out, monkeypatch):
     records = read_records(chain.data_dir / "train_sample.json")
     answers = [f'"{record.target}"' for record in records]
-    monkeypatch.setattr(Decoder, "greedy", lambda self, batch: answers[: len(batch)])
+    monkeypatch.setattr(Decoder, "greedy", lambda self, batch, titles: answers[: len(batch)])
     folder = chain.self_play("--batch_size", "12", out=out)
     counts = read_json(folder / "run.json")["counts"]
     rows = read_json(folder / "data" / "dpo_train.json")
