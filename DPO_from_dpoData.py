@@ -54,7 +54,7 @@ from cebs.choices import CatalogueChoices, within_catalogue
 from cebs.guards import RECORD
 from cebs.memory import train_within_memory
 from cebs.preferences import read_preferences
-from cebs.prompts import say_shortened
+from cebs.prompts import say_shortened, unquote
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, check_rejected
 from cebs.sources import find_model
 from cebs.training import TrainingScriptArguments, load_trainable, stopping_callbacks, train_and_save, training_run
@@ -155,7 +155,7 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
 def among_titles(file: str, records: list[dict[str, Any]], titles: list[str]) -> list[dict[str, Any]]:
     """Returns the preference records whose titles are all in the catalogue, with their numbers in the file."""
     quoted = [[record["chosen"], *record["rejected"]] for record in records]
-    within = within_catalogue(file, [[title.strip()[1:-1] for title in row] for row in quoted], titles)
+    within = within_catalogue(file, [list(map(unquote, row)) for row in quoted], titles)
     return [{RECORD: number, **records[number]} for number in within]
 
 

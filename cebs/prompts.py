@@ -46,7 +46,7 @@ class Record:
     @property
     def target(self) -> str:
         """The title to be predicted, without its quotes."""
-        return self.output.strip()[1:-1]
+        return unquote(self.output)
 
     @property
     def prompt(self) -> str:
@@ -104,6 +104,11 @@ def build_prompt(instruction: str, input: str) -> str:
 def quote(title: str) -> str:
     """Returns the title as it stands in an output or a preference record."""
     return f'"{title}"'
+
+
+def unquote(text: str) -> str:
+    """Returns the title of an output or a preference record, without its quotes."""
+    return text.strip()[1:-1]
 
 
 def quoted_titles(text: str) -> list[str]:

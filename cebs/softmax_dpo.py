@@ -34,7 +34,7 @@ from cebs.branches import branch_log_probs, shared_rows
 from cebs.choices import CatalogueChoices
 from cebs.errors import InputError
 from cebs.guards import RECORD, FiniteLossMixin
-from cebs.prompts import encode_completion, encode_prompt
+from cebs.prompts import encode_completion, encode_prompt, unquote
 from cebs.training import HardwareDefaults
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -322,7 +322,7 @@ class SoftmaxDPOTrainer(FiniteLossMixin, DPOTrainer):
             }
             if self.choices is not None:
                 row["edges"] = [
-                    self.choices.edges(title.strip()[1:-1], ids) for title, ids in zip(titles, completions, strict=True)
+                    self.choices.edges(unquote(title), ids) for title, ids in zip(titles, completions, strict=True)
                 ]
             rows.append(row)
         return Dataset.from_list(rows)

@@ -33,7 +33,7 @@ from cebs.guards import RECORD, FiniteLossMixin
 from cebs.interrupts import train_until_interrupted
 from cebs.models import base_fingerprint, load_model, save_adapter
 from cebs.processes import has_fast_bf16, is_main_process, record_seed
-from cebs.prompts import Record, encode_completion, movable_titles, reordered, shorten_prompt, title_tokens
+from cebs.prompts import Record, encode_completion, movable_titles, reordered, shorten_prompt, title_tokens, unquote
 from cebs.runs import Run, run_folder
 
 
@@ -268,7 +268,7 @@ def tokenize_records(
         prompt_ids = tokenizer(prompt).input_ids
         shortened += dropped > 0
         input_ids = prompt_ids + completion_ids
-        answer = (completion.strip()[1:-1], range(len(prompt_ids), len(input_ids)))
+        answer = (unquote(completion), range(len(prompt_ids), len(input_ids)))
         history = title_tokens(tokenizer, prompt)[1:] if label_history else []
         row = {RECORD: number, "input_ids": input_ids, "edges": [0] * len(input_ids)}
         for name, titles in (("labels", [answer]), ("history_labels", history)):
