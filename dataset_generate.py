@@ -99,7 +99,6 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         journals, answers = [], {}
         if script_args.method == "self_play":
             decoder = load_decoder(model_dir, model_args, run)
-
             titles = sampler.catalogue.titles if script_args.constrained else None
 
             def predict(batch: Sequence[list[int]], start: int) -> list[str]:

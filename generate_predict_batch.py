@@ -65,7 +65,7 @@ class ScriptArguments(RunArguments):
     Arguments of this stage, beside those of decoding.
 
     Args:
-        data_dir (`str`): data folder with `test_sample.json` and, for constrained beams, the catalogue.
+        data_dir (`str`): data folder with `test_sample.json` and, unless `greedy`, the catalogue.
         decoding (`str`): `greedy` writes the model's answer, `constrained_greedy` one that is a title of the catalogue,
             `constrained_beam` its ranking of the catalogue too.
         num_beams (`int`): width of the beam search, and titles in a ranking.
