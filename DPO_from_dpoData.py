@@ -58,7 +58,7 @@ from cebs.prompts import say_shortened, unquote
 from cebs.softmax_dpo import SoftmaxDPOConfig, SoftmaxDPOTrainer, check_rejected
 from cebs.sources import find_model
 from cebs.training import TrainingScriptArguments, load_trainable, stopping_callbacks, train_and_save, training_run
-from utils import ScriptParser, check_adapter, load_tokenizer, require_done, run_script, token_limit
+from utils import InputError, ScriptParser, check_adapter, load_tokenizer, require_done, run_script, token_limit
 
 
 @dataclass(kw_only=True)
@@ -111,6 +111,8 @@ def main(script_args: ScriptArguments, training_args: SoftmaxDPOConfig, model_ar
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
         check_adapter(script_args.adapter, model_dir)
+    if not model_args.use_peft:
+        raise InputError("--use_peft false: the reference is the model without what is trained; leave it at true")
 
     with training_run(
         __file__,

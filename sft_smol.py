@@ -2,7 +2,8 @@
 Stage 1: supervised fine-tuning. A base model learns to answer "history of titles -> next title".
 
 The loss is on the answer, and with `--history_loss_weight` also on the titles of the history, each predicted from those
-before it. What is trained is a LoRA adapter, which goes to `<output_dir>/final_model`.
+before it. What is trained is a LoRA adapter, which goes to `<output_dir>/final_model`; with `--use_peft false` it is
+the whole model, which the next stages take as their `--model_name_or_path`.
 
 # The default, configs/sft.yaml, on the default data
 ```bash
@@ -17,6 +18,17 @@ python sft_smol.py --data_dir sampled_data/goodreads --output_dir output/goodrea
 # The recipe for accuracy: the loss on every title of the history, see docs/recipe.md
 ```bash
 python sft_smol.py --config configs/sft_recipe.yaml
+```
+
+# Three copies of each record, the second and third without some titles of the history
+```bash
+python sft_smol.py --copies_per_record 3 --history_dropout 0.3 --num_train_epochs 1 --output_dir output/sft_dropout
+```
+
+# All weights in place of an adapter, and what comes next
+```bash
+python sft_smol.py --use_peft false --learning_rate 1e-4 --output_dir output/sft_full
+python dataset_generate_cluster_batch.py --model_name_or_path output/sft_full/final_model
 ```
 
 # The settings of the published runs
@@ -48,14 +60,14 @@ from cebs.training import (
     CompletionTrainer,
     HardwareDefaults,
     TrainingScriptArguments,
-    in_other_orders,
     load_trainable,
     stopping_callbacks,
     tokenize_records,
     train_and_save,
     training_run,
+    with_copies,
 )
-from utils import ScriptParser, check_adapter, load_tokenizer, run_script, token_limit
+from utils import InputError, ScriptParser, check_adapter, load_tokenizer, run_script, token_limit
 
 
 @dataclass(kw_only=True)
@@ -67,8 +79,12 @@ class ScriptArguments(TrainingScriptArguments):
         data_dir (`str`): data folder with `train_sample.json` and `valid_sample.json`.
         history_loss_weight (`float`): weight of a token of the history's titles in the loss, beside 1 for a token of
             the answer. All titles but the first count. The evaluation loss is the answer's alone, whatever the weight.
-        orders_per_record (`int`): orders in which each training record is learned: its own, and random ones, in which a
-            title of the history may change places with the target. An epoch is that many times as long.
+        copies_per_record (`int`): how often an epoch has each training record: once as it is, and then in copies that
+            are changed by the next two. An epoch is that many times as long.
+        shuffle_titles (`bool`, *optional*, defaults to `False`): give a copy's titles a random order, in which a title
+            of the history may change places with the target.
+        history_dropout (`float`, *optional*, defaults to 0): probability with which a title of the history is missing
+            in a copy.
         renormalize (`bool`, *optional*, defaults to `False`): the loss of a token is among those that a title of the
             catalogue may go on with, instead of among all tokens; of tokens that the catalogue leaves no choice of
             there is none (`cebs.choices`). For rankings; such a model is not taught to write whole titles by itself.
@@ -82,11 +98,17 @@ class ScriptArguments(TrainingScriptArguments):
             "token of the answer; 0 is the loss on the answer only."
         }
     )
-    orders_per_record: int = field(
+    copies_per_record: int = field(
         metadata={
-            "help": "Orders in which each training record is learned: its own, and random ones, target included. An "
-            "epoch is that many times as long."
+            "help": "How often an epoch has each training record: once as it is, and then in copies changed by "
+            "--shuffle_titles and --history_dropout."
         }
+    )
+    shuffle_titles: bool = field(
+        default=False, metadata={"help": "Give a copy's titles a random order, the target's included."}
+    )
+    history_dropout: float = field(
+        default=0.0, metadata={"help": "Probability with which a title of the history is missing in a copy."}
     )
     renormalize: bool = field(
         default=False,
@@ -100,6 +122,13 @@ class ScriptArguments(TrainingScriptArguments):
         super().__post_init__()
         if not 0 <= self.history_loss_weight < math.inf:
             raise ValueError(f"--history_loss_weight {self.history_loss_weight}: must be 0 or more")
+        if not 0 <= self.history_dropout < 1:
+            raise ValueError(f"--history_dropout {self.history_dropout}: must be 0 or more and below 1")
+        if (self.copies_per_record > 1) != (self.shuffle_titles or self.history_dropout > 0):
+            raise ValueError(
+                f"--copies_per_record {self.copies_per_record}: copies are changed by --shuffle_titles or "
+                "--history_dropout, which change nothing else; give two or more copies and one of these, or neither"
+            )
 
 
 @dataclass
@@ -121,6 +150,8 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
             within_catalogue(file, [[record.target] for record in records], titles)  # the others have no label
     model_dir = find_model(model_args.model_name_or_path, model_args.model_revision)
     if script_args.adapter:
+        if not model_args.use_peft:
+            raise InputError("--use_peft false: all weights are trained, and no --adapter; leave out one of the two")
         check_adapter(script_args.adapter, model_dir)
 
     with training_run(
@@ -138,7 +169,13 @@ def main(script_args: ScriptArguments, training_args: SFTArguments, model_args: 
         # -- Data and model -------------------------------------------------------------------------------------------
         tokenizer, limit = load_tokenizer(model_dir), token_limit(model_dir, training_args.max_length)
         choices = CatalogueChoices(tokenizer, titles) if script_args.renormalize else None
-        numbered = in_other_orders(train_records, script_args.orders_per_record, training_args.seed)
+        numbered = with_copies(
+            train_records,
+            script_args.copies_per_record,
+            script_args.shuffle_titles,
+            script_args.history_dropout,
+            training_args.seed,
+        )
         train_dataset, train_shortened = tokenize_records(
             tokenizer,
             [(record.prompt, record.output) for _, record in numbered],

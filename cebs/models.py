@@ -13,6 +13,7 @@ from cebs.runs import ADAPTER_WEIGHTS, require_done
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -133,7 +134,11 @@ def load_for_inference(model_dir: str | Path, model_args: ModelArguments) -> "Pr
 
 
 def base_fingerprint(model_dir: str | Path) -> str:
-    """Returns a sum that tells base models apart: over each weight file's size and its first megabyte."""
+    """Returns a sum that tells base models apart: over each weight file's size and its first megabyte.
+
+    There stand the embeddings of the first tokens, letters and digits among them, which any training of all weights
+    changes.
+    """
     digest = hashlib.sha256()
     files = sorted(Path(model_dir).glob("*.safetensors"))
     if not files:
@@ -144,8 +149,8 @@ def base_fingerprint(model_dir: str | Path) -> str:
     return digest.hexdigest()
 
 
-def save_adapter(
-    model: "PreTrainedModel",
+def save_trained(
+    model: "PreTrainedModel | PeftModel",
     tokenizer: "PreTrainedTokenizerBase",
     folder: Path,
     base_dir: Path,
@@ -153,21 +158,27 @@ def save_adapter(
 ) -> None:
     """Writes `final_model/`: adapter, tokenizer, and the fingerprint of the base model that it belongs to.
 
-    It is written beside its place and then moved, so that a folder that is there is whole.
+    Of a model without an adapter it writes the model, a base model of its own from then on. It is written beside its
+    place and then moved, so that a folder that is there is whole.
 
     Args:
-        model: the model with its adapter.
+        model: the model with its adapter, or by itself where all of its weights were trained.
         tokenizer: the model's tokenizer.
         folder: `final_model/`.
         base_dir: folder of the base model.
         state_dict: the whole weights, where processes have split the model's among them; left out, the model's own.
     """
+    from peft import PeftModel
+
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    # a reference copy of the adapter, kept by DPO, stays behind
-    model.save_pretrained(temporary, selected_adapters=["default"], state_dict=state_dict)
+    if isinstance(model, PeftModel):
+        # a reference copy of the adapter, kept by DPO, stays behind
+        model.save_pretrained(temporary, selected_adapters=["default"], state_dict=state_dict)
+        write_json(temporary / "base_model.json", {"fingerprint": base_fingerprint(base_dir), "name": base_dir.name})
+    else:
+        model.save_pretrained(temporary, state_dict=state_dict)
     tokenizer.save_pretrained(temporary)
-    write_json(temporary / "base_model.json", {"fingerprint": base_fingerprint(base_dir), "name": base_dir.name})
     for path in temporary.iterdir():
         sync(path)
     shutil.rmtree(folder, ignore_errors=True)
@@ -181,6 +192,8 @@ def check_adapter(adapter: str | Path, model_dir: str | Path) -> None:
         `InputError`: naming what is missing, or the base model that the adapter was made for.
     """
     folder = Path(adapter)
+    if (folder / "config.json").is_file():
+        raise InputError(f"{folder}: is a whole model; give it as --model_name_or_path, without --adapter")
     for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise InputError(f"{folder}: no {name}; give the final_model folder of a finished training run")

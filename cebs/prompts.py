@@ -139,6 +139,28 @@ def reordered(record: Record, order: Sequence[int]) -> Record:
     return replace(record, input=input, output=next(placed, record.output))
 
 
+def without_titles(record: Record, left_out: Sequence[bool]) -> Record:
+    """Returns the record without some titles of its history; the others stay in their order.
+
+    ```python
+    >>> without_titles(Record("Recommend.", 'Read: "Emma", "Ulysses", "Carmilla".', '"Dracula"'), [True, False, True])
+    Record(instruction='Recommend.', input='Read: "Ulysses".', output='"Dracula"', user='')
+    ```
+
+    Args:
+        record: the record.
+        left_out: for each title of the history whether it is left out; one at least stays.
+    """
+    ends = [title.end() for title in QUOTED.finditer(record.input)]
+    kept = [quote(title) for title, out in zip(record.history, left_out, strict=True) if not out]
+    if len(kept) == len(ends):
+        return record
+    # the titles that stay move up, and the places behind them go with what separates them
+    placed = iter(kept)
+    input = QUOTED.sub(lambda title: next(placed), record.input[: ends[len(kept) - 1]])
+    return replace(record, input=input + record.input[ends[-1] :])
+
+
 def respelt(record: Record, spell: Callable[[str], str]) -> Record:
     """Returns the record with another spelling of its titles, in the history and as the target."""
     input = QUOTED.sub(lambda title: quote(spell(title[1])), record.input)

@@ -31,9 +31,18 @@ from cebs.errors import InputError
 from cebs.files import read_json, write_json
 from cebs.guards import RECORD, FiniteLossMixin
 from cebs.interrupts import train_until_interrupted
-from cebs.models import base_fingerprint, load_model, save_adapter
+from cebs.models import base_fingerprint, load_model, save_trained
 from cebs.processes import has_fast_bf16, is_main_process, record_seed
-from cebs.prompts import Record, encode_completion, movable_titles, reordered, shorten_prompt, title_tokens, unquote
+from cebs.prompts import (
+    Record,
+    encode_completion,
+    movable_titles,
+    reordered,
+    shorten_prompt,
+    title_tokens,
+    unquote,
+    without_titles,
+)
 from cebs.runs import Run, run_folder
 
 
@@ -225,16 +234,29 @@ class CompletionTrainer(FiniteLossMixin, SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def in_other_orders(records: Sequence[Record], orders: int, seed: int) -> list[tuple[int, Record]]:
-    """Returns each record with its number: as it is, and then `orders - 1` times with its titles in a random order.
+def with_copies(
+    records: Sequence[Record], copies: int, shuffle: bool, dropout: float, seed: int
+) -> list[tuple[int, Record]]:
+    """Returns each record with its number: as it is, and then `copies - 1` times changed.
 
-    What is drawn for a record depends on the seed and its number alone.
+    What is drawn for a copy depends on the seed, its number among the copies and the record's number alone.
+
+    Args:
+        records: the training records.
+        copies: how often each record is there.
+        shuffle: whether a copy has its titles in a random order; one of the history may become the target.
+        dropout: probability with which a title of the history is missing in a copy; the latest stays where all would.
+        seed: what is drawn starts from it.
     """
     numbered = list(enumerate(records))
-    for copy in range(1, orders):
+    for copy in range(1, copies):
         for number, record in enumerate(records):
-            rng = np.random.default_rng(record_seed(seed, f"order/{copy}", number))
-            numbered.append((number, reordered(record, rng.permutation(len(movable_titles(record))))))
+            rng = np.random.default_rng(record_seed(seed, f"copy/{copy}", number))
+            if shuffle:
+                record = reordered(record, rng.permutation(len(movable_titles(record))))
+            left_out = rng.random(len(record.history)) < dropout
+            left_out[-1:] &= not left_out.all()
+            numbered.append((number, without_titles(record, left_out)))
     return numbered
 
 
@@ -287,13 +309,13 @@ def load_trainable(model_dir: Path, model_args: ModelConfig, adapter: str) -> to
     """Loads the model to be trained: in 4 or 8 bits where asked for, with the adapter it starts from, if any.
 
     Raises:
-        `InputError`: if quantisation is asked for where there is no GPU.
+        `InputError`: if quantisation is asked for where there is no GPU, or for weights that are to be trained.
     """
     quantization = get_quantization_config(model_args)
     if quantization is not None and not torch.cuda.is_available():
         raise InputError("--load_in_4bit and --load_in_8bit need a GPU; leave them out on this machine")
-    if not model_args.use_peft:
-        raise InputError("--use_peft false: the stages exchange adapters; leave it at true")
+    if quantization is not None and not model_args.use_peft:
+        raise InputError("--use_peft false: weights in 4 or 8 bits are not trained; leave out one of the two flags")
     return load_model(
         model_dir,
         dtype=model_args.dtype,
@@ -343,7 +365,7 @@ def train_and_save(trainer: Trainer, run: Run, model_dir: Path) -> None:
     state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_main_process():
         write_json(run.path / "training_log.json", trainer.state.log_history)
-        save_adapter(
+        save_trained(
             trainer.accelerator.unwrap_model(trainer.model),
             trainer.processing_class,
             run.path / "final_model",

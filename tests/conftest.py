@@ -126,10 +126,10 @@ def make_adapter(folder: Path, base: Path, tokenizer: Any) -> Path:
     """An untrained adapter of the base model, as a training run leaves it in `final_model/`."""
     from peft import LoraConfig, get_peft_model
 
-    from cebs.models import load_model, save_adapter
+    from cebs.models import load_model, save_trained
 
     model = get_peft_model(load_model(base), LoraConfig(r=2, target_modules=["q_proj"]))
-    save_adapter(model, tokenizer, folder, base)
+    save_trained(model, tokenizer, folder, base)
     return folder
 
 

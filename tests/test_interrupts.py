@@ -91,9 +91,9 @@ def end_at(monkeypatch, owner, name, call):
     ("flags", "owner", "name", "call", "steps"),
     [
         # stopped in the middle of an epoch, and the end came before final_model
-        (("--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 1), training, "save_adapter", 1, 4),
+        (("--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 1), training, "save_trained", 1, 4),
         # the same at the end of an epoch
-        (("--eval_steps", 3, "--save_steps", 3, "--early_stopping_patience", 1), training, "save_adapter", 1, 6),
+        (("--eval_steps", 3, "--save_steps", 3, "--early_stopping_patience", 1), training, "save_trained", 1, 6),
         # after the third evaluation, when two had been without improvement
         (
             ("--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 3),
@@ -103,7 +103,7 @@ def end_at(monkeypatch, owner, name, call):
             8,
         ),
         # the last step is in the middle of an epoch
-        (("--eval_steps", 2, "--save_steps", 2, "--max_steps", 4), training, "save_adapter", 1, 4),
+        (("--eval_steps", 2, "--save_steps", 2, "--max_steps", 4), training, "save_trained", 1, 4),
     ],
 )
 def test_a_training_that_was_over_is_not_taken_up_again(sft, monkeypatch, flags, owner, name, call, steps):

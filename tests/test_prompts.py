@@ -18,6 +18,7 @@ from cebs.prompts import (
     quoted_titles,
     reordered,
     tokens_with,
+    without_titles,
 )
 from cebs.training import tokenize_records
 from utils import InputError
@@ -64,6 +65,16 @@ def test_another_order_has_the_same_titles_in_the_same_text(history, target, ran
     assert (other.instruction, other.user) == ("Do.", "7") and (target == "X" or other.output == record.output)
     assert QUOTED.sub("", other.input) == QUOTED.sub("", record.input)
     assert reordered(record, range(len(moved))) == record
+
+
+@given(titles, st.data())
+def test_titles_are_left_out_with_what_separates_them(history, data):
+    record = Record("Do.", history_input(history), '"X"', user="7")
+    left_out = data.draw(st.lists(st.booleans(), min_size=len(history), max_size=len(history)))
+    if history and all(left_out):
+        left_out[-1] = False
+    kept = [title for title, out in zip(history, left_out, strict=True) if not out]
+    assert without_titles(record, left_out) == Record("Do.", history_input(kept), '"X"', user="7")
 
 
 @given(text.filter(lambda title: title.strip() == title and title))

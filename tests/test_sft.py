@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ from cebs.errors import InputError
 from cebs.files import PROJECT
 from cebs.models import load_model
 from cebs.prompts import QUOTED, build_prompt, encode_prompt, quote, quoted_titles, read_records, title_tokens
-from cebs.training import CompletionTrainer, in_other_orders, tokenize_records
+from cebs.training import CompletionTrainer, tokenize_records, with_copies
 from sft_smol import SFTArguments
-from utils import load_tokenizer, read_json, write_json
+from utils import base_fingerprint, check_adapter, load_tokenizer, read_json, write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -281,23 +282,85 @@ def test_the_weight_changes_the_adapter_and_not_what_is_evaluated(tiny_model, da
     assert any(not torch.equal(zero[name], recipe[name]) for name in zero)
 
 
-def test_records_in_other_orders(tiny_model, data_dir, tmp_path):
+def test_copies_in_other_orders(data_dir):
     records = read_records(data_dir / "train_sample.json")[:4]
-    numbered = in_other_orders(records, 3, seed=1)
+    numbered = with_copies(records, 3, shuffle=True, dropout=0, seed=1)
     assert [number for number, _ in numbered] == [0, 1, 2, 3] * 3 and [record for _, record in numbered[:4]] == records
     titles = [[sorted([*record.history, record.target]) for _, record in numbered[i::4]] for i in range(4)]
     assert all(own == other for own, *others in titles for other in others)
     assert len({record.prompt for _, record in numbered}) == 12
-    assert numbered[4:8] == [*in_other_orders(records[:3], 2, seed=1)[3:], numbered[7]]  # whatever stands beside them
-    assert numbered != in_other_orders(records, 3, seed=2)
+    fewer = with_copies(records[:3], 2, shuffle=True, dropout=0, seed=1)
+    assert numbered[4:7] == fewer[3:]  # whatever stands beside them
+    assert numbered != with_copies(records, 3, shuffle=True, dropout=0, seed=2)
 
-    def train(orders):
+
+@pytest.mark.parametrize(("dropout", "kept"), [(0.4, 0.6), (0.999, 0.1)])  # of ten titles one stays in any case
+def test_copies_without_some_titles(data_dir, dropout, kept):
+    records = [record for record in read_records(data_dir / "train_sample.json") if len(record.history) == 10]
+    numbered = with_copies(records, 41, shuffle=False, dropout=dropout, seed=1)
+    assert [record for _, record in numbered[: len(records)]] == records
+    lengths = []
+    for number, (_, record) in enumerate(numbered[len(records) :]):
+        own = iter(records[number % len(records)].history)
+        assert record.history and all(title in own for title in record.history)  # a part of it, in its order
+        assert record.target == records[number % len(records)].target
+        lengths.append(len(record.history))
+    assert np.mean(lengths) == pytest.approx(10 * kept, rel=0.1)
+
+
+def test_copies_are_trained_on(tiny_model, data_dir, tmp_path):
+    def train(name, *more):
         arguments = ("--data_dir", data_dir, "--model_name_or_path", tiny_model, "--max_train_samples", "4")
         schedule = ("--num_train_epochs", "1", "--per_device_train_batch_size", "2", "--learning_rate", "0.01")
-        run_main("sft_smol", *arguments, *schedule, "--orders_per_record", orders, "--output_dir", tmp_path / orders)
-        return read_json(tmp_path / orders / "run.json")["counts"]
+        run_main("sft_smol", *arguments, *schedule, *more, "--output_dir", tmp_path / name)
+        return read_json(tmp_path / name / "run.json")["counts"]
 
-    assert (train("1")["steps"], train("3")["steps"]) == (2, 6)
+    three = ("--copies_per_record", "3")
+    runs = [train("one"), train("orders", *three, "--shuffle_titles"), train("out", *three, "--history_dropout", "0.5")]
+    assert [run["steps"] for run in runs] == [2, 6, 6] and runs[1]["train_loss"] != runs[2]["train_loss"]
+
+
+def test_all_weights_in_place_of_an_adapter(tiny_model, data_dir, tmp_path):
+    """The model that comes out is the base model of the next stages: predictions, and an alignment by an adapter."""
+
+    def train(script, name, *more):
+        schedule = ("--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--learning_rate", "0.01")
+        run_main(script, "--max_train_samples", "8", *schedule, *more, "--output_dir", tmp_path / name)
+        return tmp_path / name / "final_model"
+
+    folder = train(
+        "sft_smol", "full", "--data_dir", data_dir, "--model_name_or_path", tiny_model, "--use_peft", "false"
+    )
+    assert not (folder / "adapter_config.json").exists() and not (folder / "base_model.json").exists()
+    before, after = load_model(tiny_model).state_dict(), load_model(folder).state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before if "layernorm" not in name)
+    assert base_fingerprint(folder) != base_fingerprint(tiny_model)
+    # the loss of what was written is the last one that training saw
+    (loss,) = read_json(tmp_path / "full/run.json")["counts"]["eval_loss"]
+    run_main(
+        *("sft_smol", "--data_dir", data_dir, "--model_name_or_path", folder, "--max_train_samples", "1"),
+        *("--num_train_epochs", "1", "--learning_rate", "0", "--lora_dropout", "0", "--output_dir", tmp_path / "again"),
+    )
+    (again,) = read_json(tmp_path / "again/run.json")["counts"]["eval_loss"]
+    assert again["eval_loss"] == pytest.approx(loss["eval_loss"], rel=1e-5)
+
+    pairs = [
+        {"prompt": record.prompt, "chosen": record.output, "rejected": record.history[0]}
+        for record in read_records(data_dir / "train_sample.json")
+    ]
+    write_json(tmp_path / "pairs.json", pairs)
+    data = ("--train_data", tmp_path / "pairs.json", "--valid_data", tmp_path / "pairs.json")
+    aligned = train("DPO_from_dpoData", "dpo", *data, "--model_name_or_path", folder)
+    check_adapter(aligned, folder)
+    with pytest.raises(InputError, match="was made for another base model"):
+        check_adapter(aligned, tiny_model)
+    with pytest.raises(InputError, match="is a whole model; give it as --model_name_or_path, without --adapter"):
+        check_adapter(folder, tiny_model)
+    run_main(
+        *("generate_predict_batch", "--data_dir", data_dir, "--model_name_or_path", folder, "--max_predict_samples", 2),
+        *("--output_dir", tmp_path / "predicted"),
+    )
+    assert len(read_json(next((tmp_path / "predicted/predictions").glob("raw_results_*.json")))) == 2
 
 
 def test_renormalized_loss(tiny_model, data_dir, tmp_path, capsys):

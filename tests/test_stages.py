@@ -468,7 +468,7 @@ def test_an_interrupted_run_is_no_input(chain, out, monkeypatch):
     [
         (training.Trainer, "_save_optimizer_and_scheduler"),  # in the middle of the first checkpoint
         (transformers.trainer, "rotate_checkpoints"),  # right after it
-        (training, "save_adapter"),  # after the last one
+        (training, "save_trained"),  # after the last one
     ],
 )
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
