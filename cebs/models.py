@@ -173,6 +173,9 @@ def save_trained(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     if isinstance(model, PeftModel):
+        config = model.peft_config["default"]
+        if isinstance(config.target_modules, set):  # whose order is another in each process
+            config.target_modules = sorted(config.target_modules)
         # a reference copy of the adapter, kept by DPO, stays behind
         model.save_pretrained(temporary, selected_adapters=["default"], state_dict=state_dict)
         write_json(temporary / "base_model.json", {"fingerprint": base_fingerprint(base_dir), "name": base_dir.name})

@@ -81,6 +81,7 @@ STAGES = {
     "atomic": ("prepare_data", "--source", "atomic", *SIZES),
     "sprec": ("prepare_data", "--dataset", "sprec", "--source", "sprec", "--category", "Books", *SIZES),
     "sft": ("sft_smol", "--data_dir", "data", *MODEL),
+    "average": ("average_adapters", "--adapters", "adapter", "adapter", *MODEL),
     "random": ("dataset_generate", "--method", "random", "--data_dir", "data", *MODEL),
     "self_play": ("dataset_generate", "--method", "self_play", "--data_dir", "data", "--adapter", "adapter", *MODEL),
     "cluster": ("dataset_generate_cluster_batch", "--data_dir", "data", "--adapter", "adapter", *MODEL),
@@ -238,8 +239,8 @@ RANKED = "popularity/predictions/raw_results_8.json"
 PER_USER = "per_user/classics/Popularity.json"
 LOG = "popularity/training_log.json"
 OF_RECORDS = ("sft", "random", "self_play", "cluster", "again", "popularity")
-OF_ADAPTERS = ("self_play", "cluster", "dpo", "predict")
-OF_MODELS = ("sft", "cluster", "predict")
+OF_ADAPTERS = ("average", "self_play", "cluster", "dpo", "predict")
+OF_MODELS = ("sft", "average", "cluster", "predict")
 RANKING = ("evaluate", "fuse")
 OF_CATALOGUES = ("random", "cluster", "beams", "popularity", "evaluate")
 NESTED = "[" * 100_000
@@ -679,6 +680,7 @@ BAD_ARGUMENTS = [
     (("fuse",), ("--rank_constant", "-1"), "--rank_constant -1: must be at least 1"),
     (("fuse",), ("--num_titles", "0"), "--num_titles 0: must be at least 1"),
     (("fuse",), ("--predictions", "item_knn/predictions"), "one ranking is none to be fused; give two or more"),
+    (("average",), ("--adapters", "adapter"), "--adapters adapter: one adapter is its own mean; give two or more"),
     (("fuse",), ("--predictions", "data", "item_knn"), "data: no raw_results_*.json in this folder"),
     (("evaluate",), ("--bootstrap", "-1"), "--bootstrap: -1 is below 0"),
     (("evaluate",), ("--seed", "-1"), "--seed: -1 is below 0"),
@@ -831,7 +833,7 @@ def test_a_prompt_that_cannot_fit(place, refusal, begun_for_nothing, stage):
 # ---------------------------------------------------------------------------------------------------------------------
 
 RESULTS = {
-    **dict.fromkeys(("sft", "dpo"), "final_model"),
+    **dict.fromkeys(("sft", "average", "dpo"), "final_model"),
     **dict.fromkeys(("predict", "beams"), "predictions/raw_results_9.json"),
     **dict.fromkeys(("random", "self_play"), "data/dpo_train.json"),
     **dict.fromkeys(("cluster", "again"), "data/candidates.json"),

@@ -130,7 +130,11 @@ def test_processes_that_do_not_find_each_other_are_refused(sft, tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    "script", ["prepare_data.py", "predict_baselines.py", "fuse_predictions.py", "evaluate.py", "report.py"]
+    "script",
+    [
+        *("prepare_data.py", "average_adapters.py", "predict_baselines.py", "fuse_predictions.py", "evaluate.py"),
+        "report.py",
+    ],
 )
 def test_a_script_for_one_process_refuses_to_be_one_of_two(script, tmp_path):
     """Each process would have done all of the work, and written over the other's files."""
