@@ -40,13 +40,20 @@ def sft(tiny_model, data_dir, tmp_path):
 
 
 def weights(folder):
-    return (folder / "final_model/adapter_model.safetensors").read_bytes()
+    (path,) = folder.glob("final_model/*.safetensors")  # an adapter's, or the model's
+    return path.read_bytes()
 
 
 # within an epoch, also between the batches of a step; in the last step of one, whose evaluation is still to come
-@pytest.mark.parametrize(("step", "saved", "accumulation"), [(1, 2, 1), (4, 5, 2), (2, 3, 1)])
-def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(sft, monkeypatch, step, saved, accumulation):
+@pytest.mark.parametrize(
+    ("step", "saved", "accumulation", "adapter"),
+    [(1, 2, 1, True), (4, 5, 2, True), (2, 3, 1, True), (1, 2, 1, False)],
+)
+def test_a_signal_saves_and_the_same_command_goes_on_to_the_same_weights(
+    sft, monkeypatch, step, saved, accumulation, adapter
+):
     more = ("--per_device_train_batch_size", 4 // accumulation, "--gradient_accumulation_steps", accumulation)
+    more += ("--use_peft", "true" if adapter else "false")
     whole = sft("whole", *more)
     with monkeypatch.context() as patched:
         callbacks = training.stopping_callbacks
