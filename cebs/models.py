@@ -195,7 +195,7 @@ def check_adapter(adapter: str | Path, model_dir: str | Path) -> None:
         `InputError`: naming what is missing, or the base model that the adapter was made for.
     """
     folder = Path(adapter)
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder}: is a whole model; give it as --model_name_or_path, without --adapter")
     for name in ("adapter_config.json", ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
