@@ -66,9 +66,7 @@ class ScriptArguments(PreferenceArguments):
 def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     # -- Input --------------------------------------------------------------------------------------------------------
     records, all_train = script_args.read_splits()
-    sampler = NegativeSampler(
-        load_catalogue(script_args.data_dir), all_train, unknown_titles="keep", fallback="random", seed=script_args.seed
-    )
+    sampler = NegativeSampler(load_catalogue(script_args.data_dir), all_train, seed=script_args.seed)
     targets = sorted({record.target for record in all_train})
     model_dir, adapter = None, ""
     if script_args.method == "random" and model_args.shard:

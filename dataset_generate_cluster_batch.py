@@ -114,6 +114,8 @@ class ScriptArguments(PreferenceArguments, CandidateArguments):
         fallback (`str`): what a selector does that finds nothing: `random` draws a title, `skip` takes none.
         unknown_titles (`str`): what becomes of candidates that are not in the catalogue: `keep` admits them as
             negatives (the published behaviour), `drop` does not.
+        same_series (`str`): what becomes of candidates of a series that the history holds: `keep` admits them as
+            negatives, `drop` does not.
         encoder (`str`): sentence encoder of the orders `nearest_*` and `farthest_*`; loaded for these alone.
         cache_dir (`str`, *optional*): folder where the catalogue's embeddings, and its log-probabilities without a
             history, are kept.
@@ -142,6 +144,12 @@ class ScriptArguments(PreferenceArguments, CandidateArguments):
     unknown_titles: str = field(
         metadata={
             "help": "Titles that are not in the catalogue: keep admits them as negatives, drop does not.",
+            "choices": ["keep", "drop"],
+        },
+    )
+    same_series: str = field(
+        metadata={
+            "help": "Titles of a series that the history holds: keep admits them as negatives, drop does not.",
             "choices": ["keep", "drop"],
         },
     )
@@ -180,6 +188,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         catalogue,
         all_train,
         unknown_titles=script_args.unknown_titles,
+        same_series=script_args.same_series,
         fallback=script_args.fallback,
         seed=script_args.seed,
     )

@@ -30,7 +30,7 @@ class Arguments:
 def main(args: Arguments) -> None:
     data_dir, table = Path(args.data_dir), read_results(Path(args.results_csv))
     records = read_records(data_dir / "test_sample.json")
-    in_series = np.array([continues_series(record) for record in records])
+    in_series = np.array([continues_series(record.target, record.history) for record in records])
     if not in_series.any() or in_series.all():
         raise InputError(f"{data_dir}: {in_series.sum()} of {len(records)} targets are of a series of their history")
     found = {}

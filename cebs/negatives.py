@@ -11,6 +11,7 @@ from cebs.errors import InputError
 from cebs.processes import record_seed
 from cebs.prompts import NO_PREDICTION, Record
 from cebs.selectors import Selector
+from cebs.series import continues_series
 
 # rules 3 and 5 draw under names of their own, any other selector under its pool and order
 RULES = {("in", "first"): "hard", ("out", "low_exposure"): "long_tail"}
@@ -62,17 +63,27 @@ class NegativeSampler:
         train_records (`Iterable[Record]`): the records that exposure is counted over.
         unknown_titles (`str`): `"keep"` admits titles that are not in the catalogue as negatives (the published
             behaviour), `"drop"` does not.
+        same_series (`str`): `"keep"` admits titles of a series that the history holds, `"drop"` does not: who has read
+            two volumes may well read the third.
         fallback (`str`): what a selector does that finds nothing: `"random"` draws one title as rules 3 and 5 say,
             `"skip"` leaves the negative out.
         seed (`int`): seed of all random choices.
     """
 
     def __init__(
-        self, catalogue: Catalogue, train_records: Iterable[Record], *, unknown_titles: str, fallback: str, seed: int
+        self,
+        catalogue: Catalogue,
+        train_records: Iterable[Record],
+        *,
+        unknown_titles: str = "keep",
+        same_series: str = "keep",
+        fallback: str = "random",
+        seed: int,
     ):
         self.catalogue = catalogue
         self.exposure = exposure_counts(train_records)
         self.unknown_titles = unknown_titles
+        self.same_series = same_series
         self.fallback = fallback
         self.seed = seed
 
@@ -93,7 +104,9 @@ class NegativeSampler:
         return [
             candidate
             for candidate in candidates
-            if candidate.title not in taken and (candidate.in_catalogue or self.unknown_titles == "keep")
+            if candidate.title not in taken
+            and (candidate.in_catalogue or self.unknown_titles == "keep")
+            and not self._spared(candidate.title, record)
         ]
 
     def has_match(self, candidates: Iterable[Candidate], record: Record) -> bool:
@@ -147,7 +160,7 @@ class NegativeSampler:
         return taken
 
     def random(self, titles: list[str], record: Record, split: str, index: int, count: int = 1) -> list[str]:
-        """Returns titles at random, none twice, and never the record's own target nor a title of its history.
+        """Returns titles at random, none twice, and never one that may be no negative of the record.
 
         They are `count`, or all that are left where these are fewer; a greater count only adds to the end.
 
@@ -155,14 +168,18 @@ class NegativeSampler:
             `InputError`: if nothing is left.
         """
         taken = {record.target, *record.history, ""}
-        free = [title for title in titles if title not in taken]
+        free = [title for title in titles if title not in taken and not self._spared(title, record)]
         if not free:
             raise InputError(
                 f"{split}_sample.json: record {index}: no title is left to be its negative: all {len(titles)} to "
-                "choose from are its target or in its history; use more records"
+                "choose from are its target or in its history (or, with --same_series drop, of a series of it); use "
+                "more records"
             )
         generator = self._generator("random", split, index)
         return [free.pop(generator.integers(len(free))) for _ in range(min(count, len(free)))]
+
+    def _spared(self, title: str, record: Record) -> bool:
+        return self.same_series == "drop" and continues_series(title, record.history)
 
     def _in_order(
         self,

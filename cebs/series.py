@@ -5,9 +5,9 @@ model has to know which words begin the next volume; in the second it can copy t
 """
 
 import re
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
-
-from cebs.prompts import Record
 
 SERIES_BEHIND = re.compile(r"(?P<words>.*\S)(?P<space>\s*)\((?P<series>[^()]*#[^()]*)\)")
 SERIES_FIRST = re.compile(r"(?P<series>[^()]*#[^():]*):(?P<space>\s*)(?P<words>.*)")
@@ -21,26 +21,27 @@ class Volume(NamedTuple):
     number: float  # the first one of several, 0 where there is none
 
 
-def volumes(title: str) -> list[Volume]:
+@lru_cache(maxsize=2**16)
+def volumes(title: str) -> tuple[Volume, ...]:
     """Returns the series of a title, in either spelling, and its number in each.
 
     ```python
     >>> volumes("Never Too Far (Rosemary Beach, #2; Too Far, #2)")
-    [Volume(series='Rosemary Beach', number=2.0), Volume(series='Too Far', number=2.0)]
+    (Volume(series='Rosemary Beach', number=2.0), Volume(series='Too Far', number=2.0))
     >>> volumes("Immortals After Dark #5: Dark Needs at Night's Edge"), volumes("Emma")
-    ([Volume(series='Immortals After Dark', number=5.0)], [])
+    ((Volume(series='Immortals After Dark', number=5.0),), ())
     ```
     """
     found = SERIES_BEHIND.fullmatch(title) or SERIES_FIRST.fullmatch(title)
     parts = found["series"].split(";") if found else []
     matches = [match for part in parts if (match := VOLUME.match(part.strip()))]
-    return [Volume(match["name"], float(match["number"] or 0)) for match in matches]
+    return tuple(Volume(match["name"], float(match["number"] or 0)) for match in matches)
 
 
-def continues_series(record: Record) -> bool:
-    """Says whether the target is of a series that the history holds."""
-    read = {volume.series for title in record.history for volume in volumes(title)}
-    return any(volume.series in read for volume in volumes(record.target))
+def continues_series(title: str, history: Sequence[str]) -> bool:
+    """Says whether a title is of a series that the history holds, whichever volume it is."""
+    own = {volume.series for volume in volumes(title)}
+    return any(volume.series in own for past in history for volume in volumes(past))
 
 
 def series_first(title: str) -> str:

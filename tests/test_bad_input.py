@@ -647,6 +647,7 @@ BAD_ARGUMENTS = [
     (("sft", "dpo", "predict", "random", "popularity", "report"), ("--seed", "-1"), "--seed: -1 is below 0"),
     (("random",), ("--method", "best"), "argument --method: invalid choice: 'best'"),
     (("cluster",), ("--unknown_titles", "maybe"), "--unknown_titles/--unknown-titles: invalid choice: 'maybe'"),
+    (("cluster",), ("--same_series", "maybe"), "--same_series/--same-series: invalid choice: 'maybe'"),
     (("cluster", "again"), ("--negatives", "in:first", "in:frist"), "in:frist: there is no order 'frist'; did you"),
     (("cluster",), ("--negatives", "in:first:0"), "in:first:0: the count must be 1 or more"),
     (("cluster", "again"), ("--presets", "dpo_hrad"), "dpo_hrad: is no preset, nor a selector pool:order[:count]; did"),

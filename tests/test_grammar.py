@@ -463,9 +463,7 @@ def test_another_expression_is_another_run(world, tmp_path, no_model):
 def test_choosing_takes_under_a_second_for_1280_records(world):
     records = read_records(world / "data" / "train_sample.json")
     titles = load_catalogue(world / "data").titles
-    sampler = NegativeSampler(
-        load_catalogue(world / "data"), records, unknown_titles="keep", fallback="random", seed=42
-    )
+    sampler = NegativeSampler(load_catalogue(world / "data"), records, seed=42)
     proposed = [[(titles[(17 * index + 5 * k) % len(titles)], -1.0) for k in range(10)] for index in range(1280)]
     started = time.process_time()
     for index, each in enumerate(proposed):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_catalogue import CATALOGUE, TITLES, UNKNOWN, known, make_record, make_sampler
 
-from cebs.catalogue import interest_cluster
+from cebs.catalogue import Catalogue, interest_cluster
 from cebs.negatives import selection_counts
 from cebs.preferences import preference_record, read_preferences
 from cebs.prompts import quote
@@ -91,6 +91,36 @@ def test_negatives_against_brute_force(row, train, proposed, unknown_titles, ind
     again = make_sampler(train, unknown_titles)
     assert choose(again, LONG_TAIL, candidates, record, "train", index) == long_tail
     assert choose(again, HARD, candidates, record, "train", index) == hard
+
+
+VOLUMES = {f"{series}, #{number}: B{number}": series for series in "ABC" for number in (1, 2)} | {"X": "", "Y": ""}
+LIBRARY = Catalogue(list(VOLUMES), {title: ["a"] if "A" in title else ["b"] for title in VOLUMES}, ["a", "b"])
+titles_of_series = st.sampled_from(list(VOLUMES))
+
+
+@given(
+    st.lists(titles_of_series, max_size=3),
+    titles_of_series,
+    st.lists(titles_of_series, max_size=8),
+    st.sampled_from([*product(["in", "out", "all"], ["first", "random", "low_exposure"])]),
+)
+def test_titles_of_a_series_of_the_history_are_spared(history, target, proposed, kind):
+    record, selector = make_record(history, target), Selector(*kind)
+    read = {VOLUMES[title] for title in history} - {""}
+    keeping, sampler = (make_sampler(catalogue=LIBRARY, same_series=choice) for choice in ("keep", "drop"))
+    candidates = describe(sampler, proposed, record)
+    may = [candidate for candidate in keeping.eligible(candidates, record) if VOLUMES[candidate.title] not in read]
+    assert sampler.eligible(candidates, record) == may
+    if VOLUMES.keys() - {target, *history} <= {title for title, series in VOLUMES.items() if series in read}:
+        with pytest.raises(InputError, match="or, with --same_series drop, of a series of it"):
+            sampler.random(LIBRARY.titles, record, "train", 0)
+    else:
+        chosen = choose(sampler, selector, candidates, record, "train", 0)
+        assert VOLUMES[chosen.title] not in read
+        # what may be chosen is chosen as among the others alone
+        others = describe(keeping, [candidate.title for candidate in may], record)
+        if may:
+            assert chosen == choose(keeping, selector, others, record, "train", 0)
 
 
 def test_fall_backs_are_random_over_all_candidates():

@@ -12,6 +12,7 @@ from cebs.baselines import next_in_series, title_ids
 from cebs.catalogue import Catalogue
 from cebs.ratings import SPLITS, write_data_folder
 from cebs.series import Volume, series_first, volumes
+from utils import write_json
 
 words = st.text("ab 'é:,()1", min_size=1, max_size=8).map(str.strip).filter(bool)
 names = st.text("AB 'é,", min_size=1, max_size=8).map(str.strip).filter(lambda name: name.strip(" ,"))
@@ -35,7 +36,7 @@ names = st.text("AB 'é,", min_size=1, max_size=8).map(str.strip).filter(lambda 
 )
 def test_the_two_spellings(title, spelt, found):
     assert series_first(title) == spelt
-    assert volumes(title) == volumes(spelt) == [Volume(*volume) for volume in found]
+    assert volumes(title) == volumes(spelt) == tuple(Volume(*volume) for volume in found)
     assert series_first(spelt) == spelt
 
 
@@ -99,3 +100,18 @@ def test_accuracy_by_series(run_script, tmp_path):
     write_data_folder(tmp_path / "data", dict.fromkeys(SPLITS, records), catalogue)
     table = ("--results_csv", bare, "--data_dir", tmp_path / "data")
     assert "has no files per user" in run_script("benchmarks/accuracy_by_series.py", *table).stderr
+
+
+def test_negatives_by_series(run_script, tmp_path):
+    own, other, alone = (make_record(history, "X").prompt for history in (["B1 (B, #1)"], ["A1 (A #1)"], ["X"]))
+    volume, several = '"B2 (B, #2)"', ['"B3 (B, #3)"', '"X"', '"B9 (B, #9)"']
+    pairs = [
+        {"prompt": own, "chosen": '"X"', "rejected": volume},
+        {"prompt": own, "chosen": volume, "rejected": several},
+        {"prompt": other, "chosen": volume, "rejected": several},
+        {"prompt": alone, "chosen": volume, "rejected": '"A1 (A #1)"'},
+    ]
+    write_json(tmp_path / "pairs.json", pairs)
+    result = run_script("benchmarks/negatives_by_series.py", "--preferences", tmp_path / "pairs.json")
+    assert result.code == 0, result.stderr
+    assert result.stdout.splitlines()[-1].split()[1:] == "1 of 4 3 of 8".split()

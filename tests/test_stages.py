@@ -412,6 +412,9 @@ def test_choosing_again_needs_no_model(chain, out, monkeypatch):
     for row in read_json(dropped / "data" / "balanced_train.json"):
         assert {*row["hard_negatives"], *row["long_tail_negatives"]} <= titles
     assert read_json(dropped / "run.json")["counts"]["train"]["selectors"]["in:first"]["not_in_catalogue"] == 0
+    # the classics have no series, so nothing is spared
+    spared = chain.cluster("--candidates", candidates, "--same_series", "drop", out=f"{out}/spared")
+    assert json_bytes(spared) == json_bytes(same)
     fewer = chain.cluster("--candidates", candidates, "--max_train_samples", "3", out=f"{out}/fewer")
     assert len(read_json(fewer / "data" / "dpo_hard_train.json")) == 3
 

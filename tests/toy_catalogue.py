@@ -20,6 +20,6 @@ def make_record(history, target):
     return Record("Do.", f"Read: {', '.join(map(quote, history))}.", f"{quote(target)}\n")
 
 
-def make_sampler(train=(), unknown_titles="keep", fallback="random", seed=0):
-    train_records = [make_record(*row) for row in train]
-    return NegativeSampler(CATALOGUE, train_records, unknown_titles=unknown_titles, fallback=fallback, seed=seed)
+def make_sampler(train=(), unknown_titles="keep", fallback="random", seed=0, catalogue=CATALOGUE, same_series="keep"):
+    settings = {"unknown_titles": unknown_titles, "same_series": same_series, "fallback": fallback, "seed": seed}
+    return NegativeSampler(catalogue, [make_record(*row) for row in train], **settings)
