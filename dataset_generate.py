@@ -143,7 +143,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             )
         for journal in journals:
             journal.remove()
-        print(f"{script_args.method}: {run.counts}")
+    print(f"{script_args.method}: {run.counts}")
 
 
 def make_parser() -> ScriptParser:

@@ -322,8 +322,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 }
         for journal in journals.values():
             journal.remove()
-        print_summary(run.counts)
-        print(f"{len(data_sets)} data sets of {sum(map(len, records.values()))} records chosen in {seconds:.2f} s")
+    print_summary(run.counts)
+    print(f"{len(data_sets)} data sets of {sum(map(len, records.values()))} records chosen in {seconds:.2f} s")
 
 
 def propose_titles(

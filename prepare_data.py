@@ -373,7 +373,7 @@ def main(script_args: PrepareArguments) -> None:
         if not run.done:
             run.counts = count(prepared)
             write_data_folder(run.path, prepared.splits, prepared.catalogue)
-        print_summary(run.path, run.counts)
+    print_summary(run.path, run.counts)
 
 
 def make_parser() -> ScriptParser:

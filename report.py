@@ -107,7 +107,7 @@ def main(script_args: ScriptArguments) -> None:
         run.counts |= {
             section.dataset: {"tables": len(section.tables), "plots": len(section.plots)} for section in sections
         }
-        print_summary(run.path, sections)
+    print_summary(run.path, sections)
 
 
 def choose_datasets(table: ResultsTable, script_args: ScriptArguments) -> list[str]:

@@ -78,6 +78,8 @@ def run_folder(
     A shard has a folder of its own below it, `shard_2_of_4`, where its journals are its outputs. The run without a
     shard takes up those that it finds, if they are all there and shards of the same run.
 
+    What came out is told behind it: a finished run must not fail because nobody reads stdout to its end (`| head`).
+
     Of several processes (torch.distributed) the first keeps the books for all; they come in together.
 
     Args:

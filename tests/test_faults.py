@@ -6,6 +6,7 @@ on the size of files, a small file system, one that is read-only.
 
 import contextlib
 import errno
+import importlib
 import os
 import resource
 import shutil
@@ -62,6 +63,7 @@ def stages(tiny_model, data_dir, tmp_path_factory) -> dict[str, Stage]:
     return {
         "prepare_data": Stage("prepare_data", ("--source", films, *TOY_SIZES)),
         "random": Stage("dataset_generate", ("--method", "random", "--data_dir", data_dir)),
+        "negatives": Stage("dataset_generate_cluster_batch", (*model, *decoding)),
         "baseline": Stage("predict_baselines", ("--method", "popularity", "--data_dir", data_dir)),
         "predict": Stage("generate_predict_batch", (*model, *decoding)),
         "sft": Stage("sft_smol", (*model, *training), "final_model/adapter_model.safetensors"),
@@ -317,6 +319,23 @@ def test_a_plot_that_cannot_be_written(rankings, data_dir, tmp_path, capsys):
 
 
 # --- the writing itself ---
+
+
+@pytest.mark.parametrize("name", ["prepare_data", "random", "negatives"])
+def test_a_reader_that_leaves_before_the_summary_makes_no_failure_of_a_finished_run(
+    stages, name, tmp_path, monkeypatch, capfd
+):
+    """`dataset_generate_cluster_batch.py | head -2` had its candidates to generate again."""
+
+    def closed(*args, **kwargs):
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module(stages[name].script), "print", closed, raising=False)
+        with pytest.raises(SystemExit) as stopped:
+            stages[name].run(tmp_path / "out")
+    assert stopped.value.code == 141
+    assert read_json(tmp_path / "out/run.json")["state"] == "done"
 
 
 def test_what_is_written_has_its_name_last(tmp_path):
