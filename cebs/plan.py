@@ -24,7 +24,7 @@ SCRIPTS = (
     *("DPO_from_dpoData.py", "generate_predict_batch.py", "predict_baselines.py", "fuse_predictions.py"),
     "evaluate.py",
 )
-ROW_KEYS = ("baseline", "start", "negatives", "candidates", "rounds_of", "model_of", "predict", "fuse")
+ROW_KEYS = ("baseline", "start", "negatives", "candidates", "choose", "rounds_of", "model_of", "predict", "fuse")
 SOURCES = {"baseline", "model_of", "fuse"}  # where the predictions of a row come from that has no `start`
 
 
@@ -102,7 +102,8 @@ def _check_row(place: str, spec: Any, candidates: dict[str, Any]) -> None:
                     raise InputError(f"{place}: {error}") from error
     if not SOURCES & spec.keys() and spec.get("start") not in ("origin", "sft"):
         raise InputError(f"{place}: start must be origin or sft; without it: baseline, fuse or model_of")
-    _check_flags(f"{place}: predict", spec.get("predict", ""))
+    for key in ("choose", "predict"):
+        _check_flags(f"{place}: {key}", spec.get(key, ""))
     if (source := spec.get("candidates", "sampled")) not in candidates:
         raise InputError(f"{place}: no candidates {source!r} are described")
 
@@ -278,7 +279,9 @@ class Plan:
             records=self.settings.sizes["preferences"] + self.settings.sizes["valid"],
         )
 
-    def preferences(self, negatives: str, source: str, trained: list[Stage], folder: Path | None = None) -> Stage:
+    def preferences(
+        self, negatives: str, source: str, trained: list[Stage], folder: Path | None = None, choose: str = ""
+    ) -> Stage:
         """Preference data by one way of choosing negatives; `result` is its training file.
 
         Args:
@@ -286,6 +289,7 @@ class Plan:
             source: of the candidates, for selectors.
             trained: the model that plays against itself, for `self_play` alone.
             folder: where to; left out, the folder that all rows share.
+            choose: further flags, for selectors.
         """
         kind, _, of = negatives.partition(" of ")
         if kind in ("random", "self_play"):
@@ -305,11 +309,11 @@ class Plan:
                 records=0 if kind == "random" else self.settings.sizes["preferences"] + self.settings.sizes["valid"],
             )
         candidates = self.candidates(source)
-        name = slug(f"{source} {negatives}")
+        name = slug(f"{source} {negatives} {choose}")
         folder = self.settings.output / "negatives" / name
         return self.add(
             f"negatives/{name}",
-            f"dataset_generate_cluster_batch.py --negatives {negatives}",
+            f"dataset_generate_cluster_batch.py --negatives {negatives} {choose}",
             {"candidates": candidates.result, "data_dir": self.settings.data, "output_dir": folder}
             | self.seeded()
             | self.preference_samples(),
@@ -328,7 +332,7 @@ class Plan:
         trainings = [trainings] if isinstance(trainings, str) else trainings
         for number, negatives in enumerate(trainings, 1):
             round_number = number if number < len(trainings) else None
-            data = self.preferences(negatives, spec.get("candidates", "sampled"), model)
+            data = self.preferences(negatives, spec.get("candidates", "sampled"), model, choose=spec.get("choose", ""))
             model = [self.aligned(slug(row), round_number, model, data, folder)]
         return model
 

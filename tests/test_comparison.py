@@ -174,6 +174,7 @@ def test_row_names_have_folders_of_their_own(description):
         ),
         (lambda d: d["rows"].update(New={"model_of": "New"}), "model_of names 'New', which is no row with a start"),
         (lambda d: d["rows"].update(New={"model_of": "SFT", "predict": "'"}), "row 'New': predict: must be flags"),
+        (lambda d: d["rows"].update(New={"start": "sft", "choose": "'"}), "row 'New': choose: must be flags"),
         (lambda d: d["sizes"].update(tiny={"train": 1}), "size 'tiny': needs train, preferences"),
         (lambda d: d["main_job"].append("New"), "main_job: there is no row 'New'"),
     ],
