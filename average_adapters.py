@@ -78,9 +78,11 @@ def main(script_args: ScriptArguments) -> None:
 
         # -- Averaging ------------------------------------------------------------------------------------------------
         names = [f"adapter {number}" for number in range(len(adapters))]
-        model = PeftModel.from_pretrained(load_model(model_dir), adapters[0], adapter_name=names[0])
+        model = PeftModel.from_pretrained(
+            load_model(model_dir), adapters[0], adapter_name=names[0], use_safetensors=True
+        )
         for name, adapter in zip(names[1:], adapters[1:], strict=True):
-            model.load_adapter(adapter, name)
+            model.load_adapter(adapter, name, use_safetensors=True)
         weights = [1 / len(names)] * len(names)
         model.add_weighted_adapter(names, weights, "default", combination_type="cat")
 

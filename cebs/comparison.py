@@ -197,13 +197,13 @@ def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
                     for note in work.notes:
                         note.unlink(missing_ok=True)  # an earlier result is not this one's
                     log = log_file(work).open("w") if jobs > 1 else None
-                    process = subprocess.Popen(
-                        [sys.executable, *work.stage.command],
-                        env=environment,
-                        stdout=log,
-                        stderr=log and subprocess.STDOUT,
-                    )
-                    running[line] = process
+                    with interrupts_later():
+                        running[line] = subprocess.Popen(
+                            [sys.executable, *work.stage.command],
+                            env=environment,
+                            stdout=log,
+                            stderr=log and subprocess.STDOUT,
+                        )
                 waiting.remove(line)
             for line, process in list(running.items()):
                 if process.poll() is None:
@@ -224,6 +224,25 @@ def run_stages(plans: Mapping[Path, list[Stage]], jobs: int) -> dict[str, str]:
         for process in running.values():
             process.wait()
     return {works[line].name: reason for line, reason in missing.items()}
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[None]:
+    """Lets Ctrl-C and SIGTERM wait for the end of a block: what is being started would otherwise run on, unknown to us.
+
+    Raises:
+        `KeyboardInterrupt`: at its end, if one of them came.
+    """
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {signum: signal.signal(signum, lambda signum, frame: came.append(signum)) for signum in signals}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if came:
+        raise KeyboardInterrupt(signal.Signals(came[0]).name)
 
 
 def gather_work(plans: Mapping[Path, list[Stage]]) -> dict[str, Work]:

@@ -1,6 +1,7 @@
 """The graph of the comparison, and its runner: what is shared, resumed, left out and said."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -206,6 +207,26 @@ def test_what_is_done_is_skipped_and_what_follows_a_new_result_is_not(tmp_path, 
     stages[0].result.unlink()
     assert run_stages({tmp_path: stages}, jobs) == {}
     assert [stage.result.read_text() for stage in stages] == ["x", "xx", "x"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_while_a_stage_is_being_started_leaves_no_process_behind(tmp_path, monkeypatch, signum):
+    """It ran on, and the next start found its folder taken."""
+    started = []
+
+    def interrupted_start(*args, start=subprocess.Popen, **kwargs):
+        started.append(start(*args, **kwargs))
+        os.kill(os.getpid(), signum)
+        return started[0]
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command line has it
+    monkeypatch.setattr(subprocess, "Popen", interrupted_start)
+    try:
+        with pytest.raises(KeyboardInterrupt, match=signum.name):
+            run_stages({tmp_path: [writes("a", tmp_path, code="import time; time.sleep(60)")]}, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert started[0].poll() is not None
 
 
 def test_another_command_line_is_another_stage(tmp_path):
