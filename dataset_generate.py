@@ -11,6 +11,11 @@ python dataset_generate.py --method random --output_dir output/random
 python dataset_generate.py --method random --num_negatives 10 --output_dir output/random_10
 ```
 
+# Ten drawn in proportion to how often they occur in the training records
+```bash
+python dataset_generate.py --method popularity --num_negatives 10 --output_dir output/popularity_10
+```
+
 # The SFT model's own greedy prediction (SPRec); without --adapter the base model's
 ```bash
 python dataset_generate.py --method self_play --adapter output/sft/final_model --output_dir output/self_play
@@ -48,18 +53,21 @@ class ScriptArguments(PreferenceArguments):
     Arguments of this stage, beside `PreferenceArguments` and those of decoding.
 
     Args:
-        method (`str`): `random` or `self_play`.
-        num_negatives (`int`): negatives of a record, for `random`; a greedy prediction is one.
+        method (`str`): `random`, `popularity` or `self_play`.
+        num_negatives (`int`): negatives of a record, for `random` and `popularity`; a greedy prediction is one.
         constrained (`bool`): for `self_play`: predict only titles of the catalogue.
     """
 
     method: str = field(
         metadata={
-            "help": "random: a title drawn from the training targets; self_play: the model's own greedy prediction.",
-            "choices": ["random", "self_play"],
+            "help": "random: a title drawn from the training targets; popularity: one of the catalogue, drawn in "
+            "proportion to its exposure; self_play: the model's own greedy prediction.",
+            "choices": ["random", "popularity", "self_play"],
         }
     )
-    num_negatives: int = field(metadata={"help": "Negatives of a record, for random; none occurs twice."})
+    num_negatives: int = field(
+        metadata={"help": "Negatives of a record, for random and popularity; none occurs twice."}
+    )
     constrained: bool = field(metadata={"help": "For self_play: predict only titles of the catalogue."})
 
 
@@ -69,8 +77,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
     sampler = NegativeSampler(load_catalogue(script_args.data_dir), all_train, seed=script_args.seed)
     targets = sorted({record.target for record in all_train})
     model_dir, adapter = None, ""
-    if script_args.method == "random" and model_args.shard:
-        raise InputError("--shard: --method random decodes nothing; leave it out")
+    if script_args.method != "self_play" and model_args.shard:
+        raise InputError(f"--shard: --method {script_args.method} decodes nothing; leave it out")
     if script_args.method == "self_play":
         if script_args.num_negatives > 1:
             raise InputError(f"--num_negatives {script_args.num_negatives}: --method self_play has one, its prediction")
@@ -114,7 +122,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
 
         negatives = {}
         for split in SPLITS:
-            if script_args.method == "random":
+            if script_args.method != "self_play":
                 fits = [False] * len(records[split])
             else:
                 # a prediction that is right, or a title of the history, is no negative: a random title stands in
@@ -126,6 +134,8 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
             negatives[split] = [
                 [answers[split][index]]
                 if fit
+                else sampler.popular(record, split, index, script_args.num_negatives)
+                if script_args.method == "popularity"
                 else sampler.random(targets, record, split, index, script_args.num_negatives)
                 for index, (fit, record) in enumerate(zip(fits, records[split], strict=True))
             ]

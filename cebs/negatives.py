@@ -167,6 +167,30 @@ class NegativeSampler:
         Raises:
             `InputError`: if nothing is left.
         """
+        free = self._free(titles, record, split, index)
+        generator = self._generator("random", split, index)
+        return [free.pop(generator.integers(len(free))) for _ in range(min(count, len(free)))]
+
+    def popular(self, record: Record, split: str, index: int, count: int = 1) -> list[str]:
+        """Returns titles of the catalogue drawn in proportion to their exposure; else as [`random`].
+
+        Drawn without replacement, by the smallest of exponential times whose rates are the exposures (Efraimidis and
+        Spirakis, 2006, Information Processing Letters).
+
+        Raises:
+            `InputError`: if no title of the training records is left.
+        """
+        free = self._free([title for title in self.catalogue.titles if self.exposure[title]], record, split, index)
+        rates = np.array([self.exposure[title] for title in free])
+        times = self._generator("popularity", split, index).exponential(size=len(free)) / rates
+        return [free[place] for place in np.argsort(times, kind="stable")[:count]]
+
+    def _free(self, titles: list[str], record: Record, split: str, index: int) -> list[str]:
+        """Returns the titles that may be a negative of the record.
+
+        Raises:
+            `InputError`: if there is none.
+        """
         taken = {record.target, *record.history, ""}
         free = [title for title in titles if title not in taken and not self._spared(title, record)]
         if not free:
@@ -175,8 +199,7 @@ class NegativeSampler:
                 "choose from are its target or in its history (or, with --same_series drop, of a series of it); use "
                 "more records"
             )
-        generator = self._generator("random", split, index)
-        return [free.pop(generator.integers(len(free))) for _ in range(min(count, len(free)))]
+        return free
 
     def _spared(self, title: str, record: Record) -> bool:
         return self.same_series == "drop" and continues_series(title, record.history)

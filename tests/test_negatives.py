@@ -123,6 +123,31 @@ def test_titles_of_a_series_of_the_history_are_spared(history, target, proposed,
             assert chosen == choose(keeping, selector, others, record, "train", 0)
 
 
+@given(rows, st.lists(rows, min_size=1, max_size=6), st.integers(0, 9), st.integers(1, 8))
+def test_popular_negatives_are_of_the_training_records_and_never_target_or_history(row, train, index, count):
+    record, sampler = make_record(*row), make_sampler(train)
+    free = {title for title in TITLES if exposure(title, train)} - {row[1], *row[0]}
+    if not free:
+        with pytest.raises(InputError, match="no title is left to be its negative"):
+            sampler.popular(record, "train", index, count)
+        return
+    drawn = sampler.popular(record, "train", index, count)
+    assert len(drawn) == len(set(drawn)) == min(count, len(free)) and set(drawn) <= free
+    assert sampler.popular(record, "train", index, count + 1)[:count] == drawn
+
+
+def test_popular_negatives_are_drawn_in_proportion_to_their_exposure():
+    sampler = make_sampler([(["T1"] * 6 + ["T3"] * 3, "T5")])
+    record = make_record(["T0"], "T2")
+    counts = Counter(sampler.popular(record, "train", index)[0] for index in range(3000))
+    assert counts.keys() == {"T1", "T3", "T5"}
+    for title, share in (("T1", 0.6), ("T3", 0.3), ("T5", 0.1)):
+        assert counts[title] / 3000 == pytest.approx(share, abs=0.03)
+    second = Counter(sampler.popular(record, "valid", index, 2)[1] for index in range(3000))
+    # of the draws that left T1 out at first: 0.3 x 6/7 + 0.1 x 6/9
+    assert second["T1"] / 3000 == pytest.approx(0.3 * 6 / 7 + 0.1 * 6 / 9, abs=0.03)
+
+
 def test_fall_backs_are_random_over_all_candidates():
     record, sampler = make_record(["T1"], "T2"), make_sampler()
     candidates = describe(sampler, ["U0", "U1", "U2"], record)
