@@ -207,6 +207,16 @@ def test_several_random_negatives_are_a_list_for_softmax_dpo(chain, data_dir):
         run_main("dataset_generate", "--method", "self_play", "--num_negatives", 2, "--data_dir", data_dir)
 
 
+def test_negatives_by_popularity_are_of_the_training_records(data_dir, tmp_path):
+    records = read_records(data_dir / "train_sample.json")
+    seen = {title for record in records for title in (*record.history, record.target)}
+    words = ("--method", "popularity", "--num_negatives", 4, "--data_dir", data_dir)
+    run_main("dataset_generate", *words, "--output_dir", tmp_path / "out")
+    for split in ("train", "valid"):
+        rows = read_json(tmp_path / "out/data" / f"dpo_{split}.json")
+        assert all(len({title.strip('"') for title in row["rejected"]} & seen) == 4 for row in rows)
+
+
 def test_prediction_records(chain):
     records = read_records(chain.data_dir / "test_sample.json")
     titles = load_catalogue(chain.data_dir).titles
