@@ -36,6 +36,7 @@ python benchmarks/loss_by_token.py --adapter $out/epochs/final_model --data_dir 
 python dataset_generate_cluster_batch.py --candidate_source topk --constrained --data_dir $data --adapter $sft --output_dir output/neg/candidates/sampled $limits
 python dataset_generate_cluster_batch.py --candidate_source beam --constrained --calibration 0.4 --renormalize --data_dir $data --adapter $sft --output_dir $out/candidates $limits
 python dataset_generate.py --method random --num_negatives 10 --data_dir $data --output_dir $out/random_10 $limits
+python dataset_generate.py --method popularity --num_negatives 10 --data_dir $data --output_dir $out/popularity_10 $limits
 choose output/neg/negatives/in output/neg/candidates/sampled in:first
 choose $out/spared_sampled output/neg/candidates/sampled in:first --same_series drop
 choose $out/negatives_in $out/candidates in:first
@@ -47,10 +48,12 @@ dpo $out/in_beams $out/negatives_in/data/negatives
 dpo $out/in_spared_candidates $out/spared_candidates/data/negatives
 dpo $out/sdpo_beams $out/beams_10/data/negatives
 dpo $out/sdpo_random $out/random_10/data/dpo
+dpo $out/sdpo_popularity $out/popularity_10/data/dpo
 rank in_sampled "ClusterIn, sampled candidates" --adapter output/neg/clusterin/final_model
 rank in_spared_sampled "ClusterIn, sampled, no series" --adapter $out/in_spared_sampled/final_model
 rank in_beams "ClusterIn, calibrated beams" --adapter $out/in_beams/final_model
 rank in_spared_candidates "ClusterIn, calibrated beams, no series" --adapter $out/in_spared_candidates/final_model
 rank sdpo_beams "S-DPO K=10, calibrated beams, no series" --adapter $out/sdpo_beams/final_model
 rank sdpo_random "S-DPO K=10, random" --adapter $out/sdpo_random/final_model
+rank sdpo_popularity "S-DPO K=10, by popularity" --adapter $out/sdpo_popularity/final_model
 python benchmarks/negatives_by_series.py --preferences output/neg/negatives/{in,self_play,random}/data/*_train.json $out/{negatives_in,spared_candidates,spared_sampled}/data/negatives_train.json
