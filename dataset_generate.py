@@ -42,7 +42,7 @@ from cebs.catalogue import load_catalogue
 from cebs.generation import DecodingArguments, Journal, load_decoder, run_in_batches
 from cebs.negatives import NegativeSampler
 from cebs.preferences import SPLITS, PreferenceArguments, preference_record
-from cebs.prompts import predicted_title
+from cebs.prompts import Record, predicted_title
 from cebs.sources import find_model
 from utils import InputError, ScriptParser, base_fingerprint, check_adapter, run_folder, run_script, write_json
 
@@ -120,6 +120,11 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
         if not run.writes_outputs:
             return
 
+        def draw(record: Record, split: str, index: int) -> list[str]:
+            if script_args.method == "popularity":
+                return sampler.popular(record, split, index, script_args.num_negatives)
+            return sampler.random(targets, record, split, index, script_args.num_negatives)
+
         negatives = {}
         for split in SPLITS:
             if script_args.method != "self_play":
@@ -132,11 +137,7 @@ def main(script_args: ScriptArguments, model_args: DecodingArguments) -> None:
                 ]
                 run.counts[f"{split}_random_instead"] = fits.count(False)
             negatives[split] = [
-                [answers[split][index]]
-                if fit
-                else sampler.popular(record, split, index, script_args.num_negatives)
-                if script_args.method == "popularity"
-                else sampler.random(targets, record, split, index, script_args.num_negatives)
+                [answers[split][index]] if fit else draw(record, split, index)
                 for index, (fit, record) in enumerate(zip(fits, records[split], strict=True))
             ]
 
