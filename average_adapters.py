@@ -1,6 +1,6 @@
 """
-Stage 1: several adapters made into one, by averaging the weights that they give the model. The epochs of a training, or
-the same training from several seeds, average to a model that is often better than each of them.
+Stage 1: several adapters made into one, by averaging the weights that they give the model: of the epochs of a training,
+or of the same training from several seeds. What it was worth here is in docs/recipe.md.
 
 # The epochs of one training
 ```bash

@@ -1,4 +1,4 @@
-# OMP_NUM_THREADS=1 each, two commands side by side on one AMD EPYC (Zen 5, bfloat16)
+# The stages as they were typed, one by one, written as a script afterwards; OMP_NUM_THREADS=1 each, two commands side by side on one AMD EPYC (Zen 5, bfloat16)
 data=sampled_data/goodreads_series valid=sampled_data/goodreads_series_valid out=output/lev sft=output/B/final_model
 limits="--max_train_samples 256 --max_eval_samples 64"
 sft() { python sft_smol.py --config configs/sft_recipe.yaml --data_dir $data --renormalize "$@"; }

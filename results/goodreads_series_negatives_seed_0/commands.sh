@@ -1,4 +1,4 @@
-# As goodreads_series_negatives, with seed 0: the recipe's SFT, and ClusterIn without volumes of a series of the history
+# The stages as they were typed, written as a script afterwards. As goodreads_series_negatives, with seed 0: the recipe's SFT, and ClusterIn without volumes of a series of the history
 data=sampled_data/goodreads_series out=output/lev limits="--max_train_samples 256 --max_eval_samples 64"
 beams="--max_predict_samples 250 --decoding constrained_beam --num_beams 20 --calibration 0.4 --renormalize --exclude_history"
 evaluate() { python evaluate.py --predictions "$1/predictions" --data_dir $data --dataset goodreads_series --method "$2" --encoder paraphrase-MiniLM-L3-v2 --metrics_json "$1/metrics.json" --results_csv output/neg_seed_0/results.csv --topk 5 10 --exclude_history --reference SFT; }
